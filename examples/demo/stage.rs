@@ -1,0 +1,299 @@
+//! Everything the play needs: certificates in a temporary directory, the Delivery Service, the issuer, and the gateway as a
+//! process of its own, configured from here.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::Method;
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+
+use crate::Error;
+use crate::support::client::Client;
+use crate::support::delivery::Delivery;
+use crate::support::ds::Ds;
+use crate::support::pki::{Ca, Identity};
+use crate::support::tokens::{self, Issuer};
+
+/// The rest of the configuration is the gateway's defaults; conf/gateway.toml explains every key.
+const CONFIGURATION: &str = r#"# Written by the demo.
+[provider]
+names = ["b.example"]
+ds_domain = "ds.b.example"
+
+[[listener]]
+address = "{listener}"
+client_certificates = "optional"
+client_ca = "federation-ca.pem"
+
+[[certificate]]
+chain = "ds.b.example.pem"
+key = "ds.b.example.key"
+
+[delivery_service]
+balance = "group"
+
+[[delivery_service.node]]
+address = "{node1}"
+protocol = "http1"
+
+[[delivery_service.node]]
+address = "{node2}"
+protocol = "h2c"
+
+[peers]
+named = ["a.example"]
+
+[endpoints.connection_request]
+token = "required"
+
+[[limit]]
+name = "ip"
+key = ["ip"]
+rate = "200/s"
+burst = 400
+
+[[limit]]
+name = "provider"
+key = ["provider"]
+rate = "2000/s"
+burst = 4000
+
+[[limit]]
+name = "group"
+endpoints = ["group_operation", "welcome_information", "external_commit_information"]
+key = ["group"]
+rate = "20/s"
+burst = 100
+
+# Low, so that the demo can run into it.
+[[limit]]
+name = "member"
+endpoints = ["group_operation"]
+key = ["member"]
+rate = "1/m"
+burst = {member_burst}
+
+[privacy_pass]
+origin = "ds.b.example"
+epoch = "1h"
+
+[[privacy_pass.issuer]]
+name = "issuer.example"
+token_type = 2
+key_file = "issuer.pub"
+
+[admin]
+address = "{admin}"
+
+[access_log]
+path = "access.jsonl"
+
+[runtime]
+threads = 2
+"#;
+
+/// How many operations a member may make at once.
+pub const MEMBER_BURST: usize = 8;
+
+/// How long the gateway may take until it is ready.
+const READY_WITHIN: Duration = Duration::from_secs(10);
+
+/// What is running. Dropped, it ends: the gateway is killed, the directory removed.
+pub struct Stage {
+    /// The gateway, where strangers come in.
+    pub addr: SocketAddr,
+    admin: SocketAddr,
+    /// A node, for those at home.
+    local: SocketAddr,
+    gateway: Child,
+    pub nodes: [Ds; 2],
+    /// What the two nodes have in common.
+    pub delivery: Arc<Delivery>,
+    pub issuer: Issuer,
+    ca_pem: String,
+    guest: Identity,
+    dir: TempDir,
+}
+
+impl Stage {
+    /// Starts everything and waits until the gateway is ready.
+    pub async fn set(gateway: Option<&Path>) -> Result<Stage, Error> {
+        let begun = Instant::now();
+        let program = match gateway {
+            Some(path) => path.to_owned(),
+            None => beside_this_program()?,
+        };
+        if !program.is_file() {
+            return Err(format!(
+                "no gateway at {}: `cargo build` makes it, or name one with --gateway",
+                program.display()
+            )
+            .into());
+        }
+        let dir = TempDir::with_prefix("moh-gateway-demo-")?;
+        let ca = Ca::new("Federation of the demo");
+        ca.write(dir.path(), "federation-ca");
+        ca.issue(&["b.example", "ds.b.example"]).write(dir.path(), "ds.b.example");
+        let guest = ca.issue(&["a.example"]);
+        guest.write(dir.path(), "a.example");
+        let issuer = Issuer::generate("issuer.example");
+        issuer.write(dir.path(), "issuer.pub");
+
+        let delivery = Arc::new(Delivery::new());
+        let [one, two] = [Ds::start_with(delivery.clone()).await, Ds::start_with(delivery.clone()).await];
+        let [addr, admin] = free_addresses()?;
+        let configuration = CONFIGURATION
+            .replace("{listener}", &addr.to_string())
+            .replace("{admin}", &admin.to_string())
+            .replace("{node1}", &one.addr.to_string())
+            .replace("{node2}", &two.addr.to_string())
+            .replace("{member_burst}", &MEMBER_BURST.to_string());
+        let file = dir.path().join("gateway.toml");
+        fs::write(&file, configuration)?;
+
+        let log = fs::File::create(dir.path().join("gateway.log"))?;
+        let gateway = Command::new(&program)
+            .args(["run", "--config"])
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|error| format!("{}: {error}", program.display()))?;
+        println!("DS nodes of b.example   {} (HTTP/1.1), {} (h2c)", one.addr, two.addr);
+        let local = one.addr;
+        let nodes = [one, two];
+        let mut stage = Stage { addr, admin, local, gateway, nodes, delivery, issuer, ca_pem: ca.pem(), guest, dir };
+        stage.ready().await?;
+        println!("gateway of b.example    {addr}, admin {admin}: ready after {} ms", begun.elapsed().as_millis());
+        println!("its configuration       {}", file.display());
+        Ok(stage)
+    }
+
+    async fn ready(&mut self) -> Result<(), Error> {
+        let admin = Client::plain(self.admin).http1().timeout(Duration::from_secs(1));
+        let deadline = Instant::now() + READY_WITHIN;
+        loop {
+            if let Ok(response) = admin.send(Method::GET, "/readyz", "").await
+                && response.status == 200
+            {
+                return Ok(());
+            }
+            if let Some(status) = self.gateway.try_wait()? {
+                return Err(format!("the gateway ended ({status}):\n{}", self.log()).into());
+            }
+            if Instant::now() > deadline {
+                return Err(format!("the gateway is not ready after {READY_WITHIN:?}:\n{}", self.log()).into());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// A client of the gateway, with no certificate, over HTTP/2.
+    pub fn stranger(&self) -> Client {
+        Client::tls(self.addr, &self.ca_pem).authority(&format!("ds.b.example:{}", self.addr.port()))
+    }
+
+    /// A client of the gateway with the certificate of a.example, over HTTP/2.
+    pub fn guest(&self) -> Client {
+        self.stranger().identity(&self.guest)
+    }
+
+    /// A client of the provider's own, at the DS and not through the gateway.
+    pub fn local(&self) -> Client {
+        Client::plain(self.local)
+    }
+
+    pub fn ca_pem(&self) -> &str {
+        &self.ca_pem
+    }
+
+    /// Keeps a body for the commands at the end.
+    pub fn save(&self, name: &str, body: &[u8]) -> Result<(), Error> {
+        Ok(fs::write(self.path(name), body)?)
+    }
+
+    /// The end of what the gateway said.
+    pub fn log(&self) -> String {
+        let log = fs::read(self.path("gateway.log")).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let skipped = log.lines().count().saturating_sub(40);
+        log.lines().skip(skipped).collect::<Vec<_>>().join("\n")
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Says what can be tried by hand.
+    pub async fn print_commands(&self) -> Result<(), Error> {
+        let body = fs::read(self.path("connection_request.bin"))?;
+        let refused = self.stranger().send(Method::POST, "/connection_request", body).await?;
+        let challenge =
+            tokens::challenges(&refused.headers).into_iter().next().ok_or("no challenge to make a token for")?;
+        let token = tokens::authorization(&self.issuer.token(&challenge)?);
+        self.save("authorization.txt", format!("Authorization: {token}\n").as_bytes())?;
+
+        let port = self.addr.port();
+        let curl = |guest: bool, method: &str, path: &str, body: &str, more: &str| {
+            let certificate = if guest { "--cert a.example.pem --key a.example.key " } else { "" };
+            println!(
+                "curl -si --cacert federation-ca.pem {certificate}--resolve ds.b.example:{port}:127.0.0.1 -X {method} \\\n  \
+                 -H 'Content-Type: application/octet-stream' {more}--data-binary @{body} https://ds.b.example:{port}{path} --output -\n"
+            );
+        };
+        println!(
+            "\nEverything is still running, until Ctrl-C. To try in another terminal:\n\ncd {}\n",
+            self.dir.path().display()
+        );
+        println!("# the DS's key (200), by a GET with a body");
+        curl(true, "GET", "/verification_key", "verification_key.bin", "");
+        println!("# carol sends a message (200; after {MEMBER_BURST} in all 429)");
+        curl(true, "POST", "/group_operation", "send_message.bin", "");
+        println!("# meant for c.example (421)");
+        curl(true, "POST", "/group_operation", "misdirected.bin", "");
+        println!("# c.example, says the body; a.example, says the certificate (403)");
+        curl(true, "GET", "/verification_key", "sender_mismatch.bin", "");
+        println!("# cut off (400)");
+        curl(true, "POST", "/group_operation", "malformed.bin", "");
+        println!("# a stranger without a token (401)");
+        curl(false, "POST", "/connection_request", "connection_request.bin", "");
+        println!("# and with one (200, a second time 401)");
+        curl(false, "POST", "/connection_request", "connection_request.bin", "-H @authorization.txt ");
+        println!("curl -s http://{}/metrics\ntail -n 3 access.jsonl", self.admin);
+        Ok(())
+    }
+
+    /// Ends the gateway and the nodes.
+    pub async fn strike(&mut self) {
+        let _ = self.gateway.kill().await;
+        for node in &self.nodes {
+            node.stop().await;
+        }
+    }
+}
+
+/// `target/<profile>/moh-gateway`, this being `target/<profile>/examples/demo`.
+fn beside_this_program() -> Result<PathBuf, Error> {
+    let this = std::env::current_exe()?;
+    let profile = this.parent().and_then(Path::parent).ok_or("this program has no place")?;
+    Ok(profile.join("moh-gateway"))
+}
+
+/// Addresses on the loopback that nobody listens at.
+fn free_addresses<const N: usize>() -> Result<[SocketAddr; N], Error> {
+    let mut listeners = Vec::new();
+    let mut addresses = [SocketAddr::from(([127, 0, 0, 1], 0)); N];
+    for address in &mut addresses {
+        let listener = TcpListener::bind(*address)?;
+        *address = listener.local_addr()?;
+        listeners.push(listener);
+    }
+    Ok(addresses)
+}

@@ -1,0 +1,479 @@
+//! Who may come in: recipient, sender, limits, tokens; in this order, and with one answer, a [`Decision`].
+//!
+//! Policy is plain data, resolved from the configuration once. A limit's key is a keyed hash of the limit and of the
+//! attributes it names; the raw identifiers are not kept. An attribute that a request does not have is hashed as absent:
+//! all who lack it share one state, so that leaving something out is never a way around a limit.
+
+mod identity;
+
+pub use identity::{PeerIdentity, Peers, bind_sender};
+
+use crate::dialect::{Member, Operation};
+use crate::limiter::{Check, Key, Outcome, Outcomes, Store, TopUp, gcra::Gcra};
+use crate::problem::Violated;
+use siphasher::sip128::{Hasher128, SipHasher24};
+use smallvec::SmallVec;
+use std::hash::Hasher;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// What of a request a limit's key is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KeyParts {
+    /// The source address, IPv6 by prefix.
+    pub ip: bool,
+    /// The authenticated provider.
+    pub provider: bool,
+    /// The MLS group.
+    pub group: bool,
+    /// The sending member of the group.
+    pub member: bool,
+    /// The user or client it is for.
+    pub target: bool,
+    /// The endpoint.
+    pub endpoint: bool,
+}
+
+/// What a Privacy Pass token does for a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TokenUse {
+    /// Nothing.
+    #[default]
+    Off,
+    /// There is no request without one.
+    Required,
+    /// Where the limit is exceeded, one lets the request into this second limit.
+    TopUp(Gcra),
+}
+
+/// A limit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limit {
+    /// Its name in the configuration, in metrics and in answers.
+    pub name: String,
+    /// A bit for each operation it covers, by [`Operation::id`].
+    pub covers: u128,
+    /// What its key is made of.
+    pub key: KeyParts,
+    /// Rate and burst.
+    pub gcra: Gcra,
+    /// Whether it refuses; a shadow only counts.
+    pub enforce: bool,
+    /// What a token does.
+    pub token: TokenUse,
+}
+
+impl Limit {
+    /// Whether it covers an operation.
+    #[inline]
+    pub fn covers(&self, operation: &Operation) -> bool {
+        self.covers >> operation.id & 1 == 1
+    }
+}
+
+/// All limits, and what tokens do at endpoints.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// The limits.
+    pub limits: Vec<Limit>,
+    /// What tokens do at an endpoint, by its operations' IDs; the default is nothing.
+    pub endpoint_tokens: Vec<(u8, TokenUse)>,
+    /// Bits of an IPv6 source address that are one source.
+    pub ipv6_prefix: u8,
+}
+
+/// A request, as the limits see it.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject<'a> {
+    /// The source address.
+    pub ip: IpAddr,
+    /// The provider that the channel authenticates, in lower case.
+    pub provider: Option<&'a str>,
+    /// What is asked.
+    pub operation: &'static Operation,
+    /// The MLS group.
+    pub group: Option<&'a [u8]>,
+    /// The sending member.
+    pub member: Option<Member<'a>>,
+    /// The user or client it is for.
+    pub target: Option<&'a [u8]>,
+    /// Cells it takes.
+    pub cost: u32,
+}
+
+/// What the limits say of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// All that enforce let it pass.
+    Pass {
+        /// A token was needed for it, and used.
+        topped_up: bool,
+    },
+    /// Some do not.
+    Refuse {
+        /// Which do not.
+        violated: Vec<Violated>,
+        /// Whether all of these would let a token past.
+        token_helps: bool,
+    },
+}
+
+/// How often a limit said what.
+#[derive(Debug, Clone)]
+pub struct LimitCounters {
+    /// It let a request pass.
+    pub allowed: prometheus::IntCounter,
+    /// It did not.
+    pub refused: prometheus::IntCounter,
+    /// It did not, but a token did.
+    pub topped_up: prometheus::IntCounter,
+}
+
+/// The limits at work.
+pub struct Admission {
+    policy: Policy,
+    counters: Vec<LimitCounters>,
+    store: Arc<dyn Store>,
+    keys: (u64, u64),
+    started: Instant,
+}
+
+impl std::fmt::Debug for Admission {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Admission").field("policy", &self.policy).finish_non_exhaustive()
+    }
+}
+
+// === impl Policy ===
+
+impl Policy {
+    /// Overflow buckets a store needs: one for each limit, and one for each second limit.
+    pub fn overflow_buckets(&self) -> usize {
+        self.limits.len() * 2
+    }
+
+    /// What a token does for `limit` at `operation`: as the limit says, else as the endpoint does.
+    fn token_use(&self, limit: &Limit, operation: &Operation) -> TokenUse {
+        match limit.token {
+            TokenUse::Off => self.endpoint_token(operation),
+            own => own,
+        }
+    }
+
+    fn endpoint_token(&self, operation: &Operation) -> TokenUse {
+        let of = self.endpoint_tokens.iter().find(|(id, _)| *id == operation.id);
+        of.map_or(TokenUse::Off, |(_, token)| *token)
+    }
+
+    /// Whether there is no request of this operation without a token.
+    pub fn token_required(&self, operation: &Operation) -> bool {
+        self.endpoint_token(operation) == TokenUse::Required
+            || self.limits.iter().any(|l| l.token == TokenUse::Required && l.covers(operation))
+    }
+
+    /// Whether a token may ever do anything.
+    pub fn uses_tokens(&self) -> bool {
+        self.endpoint_tokens.iter().any(|(_, token)| *token != TokenUse::Off)
+            || self.limits.iter().any(|l| l.token != TokenUse::Off)
+    }
+}
+
+// === impl Admission ===
+
+impl Admission {
+    /// Limits at work, with their state in `store`. `secret` keys the hashes. `counters` are in the order of the limits.
+    pub fn new(policy: Policy, store: Arc<dyn Store>, secret: [u8; 16], counters: Vec<LimitCounters>) -> Self {
+        let [a, b] = [0, 8].map(|at| {
+            let mut half = [0u8; 8];
+            half.iter_mut().zip(secret.iter().skip(at)).for_each(|(to, from)| *to = *from);
+            u64::from_le_bytes(half)
+        });
+        Self { policy, counters, store, keys: (a, b), started: Instant::now() }
+    }
+
+    /// The policy.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// A keyed hash of octets, for logs and for choosing a node: stable within the process, meaningless outside.
+    pub fn pseudonym(&self, octets: &[u8]) -> u128 {
+        let mut hasher = SipHasher24::new_with_keys(self.keys.0, self.keys.1 ^ 1);
+        hasher.write(octets);
+        hasher.finish128().as_u128()
+    }
+
+    /// Asks all limits that cover a request together. `token`: one was brought and is good, so where a limit refuses, its
+    /// second limit is asked. `charge`: take the cells, if all pass.
+    pub fn decide(&self, subject: &Subject<'_>, token: bool, charge: bool) -> Decision {
+        let now = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1);
+        self.decide_at(now, subject, token, charge)
+    }
+
+    fn decide_at(&self, now: u64, subject: &Subject<'_>, token: bool, charge: bool) -> Decision {
+        let mut checks: SmallVec<[Check; 12]> = SmallVec::new();
+        let mut asked: SmallVec<[(usize, TokenUse); 12]> = SmallVec::new();
+        for (i, limit) in self.policy.limits.iter().enumerate() {
+            if !limit.covers(subject.operation) {
+                continue;
+            }
+            let token_use = self.policy.token_use(limit, subject.operation);
+            let top_up = match token_use {
+                TokenUse::TopUp(gcra) if token => {
+                    Some(TopUp { key: self.key(i, true, limit.key, subject), gcra, overflow: 2 * i + 1 })
+                }
+                _ => None,
+            };
+            checks.push(Check {
+                key: self.key(i, false, limit.key, subject),
+                gcra: limit.gcra,
+                cost: subject.cost,
+                enforce: limit.enforce,
+                overflow: 2 * i,
+                top_up,
+            });
+            asked.push((i, token_use));
+        }
+        let mut outcomes = Outcomes::new();
+        let pass = checks.is_empty() || self.store.decide(now, &checks, charge, &mut outcomes);
+
+        let mut topped_up = false;
+        let mut token_helps = true;
+        let mut violated = Vec::new();
+        for ((i, token_use), outcome) in asked.iter().zip(&outcomes) {
+            let (Some(limit), counters) = (self.policy.limits.get(*i), self.counters.get(*i)) else { continue };
+            match outcome {
+                Outcome::Allowed => {
+                    if charge
+                        && pass
+                        && let Some(counters) = counters
+                    {
+                        counters.allowed.inc();
+                    }
+                }
+                Outcome::ToppedUp => {
+                    topped_up = true;
+                    if charge
+                        && pass
+                        && let Some(counters) = counters
+                    {
+                        counters.topped_up.inc();
+                    }
+                }
+                Outcome::Refused(wait) => {
+                    // A refusal that is only asked about is not one yet; a shadow's is counted once, when it is charged.
+                    if (charge || !pass)
+                        && let Some(counters) = counters
+                    {
+                        counters.refused.inc();
+                    }
+                    if limit.enforce {
+                        token_helps &= matches!(token_use, TokenUse::TopUp(_));
+                        violated.push(Violated {
+                            policy: limit.name.clone(),
+                            burst: u64::from(limit.gcra.burst()),
+                            window: crate::problem::seconds_up(limit.gcra.window()),
+                            retry_after: *wait,
+                        });
+                    }
+                }
+            }
+        }
+        if pass { Decision::Pass { topped_up } } else { Decision::Refuse { violated, token_helps } }
+    }
+
+    /// The key of a limit's state for a request. Every part is tagged and says its length: no two requests that differ
+    /// in a part have the same octets to hash.
+    #[inline]
+    fn key(&self, limit: usize, second: bool, parts: KeyParts, subject: &Subject<'_>) -> Key {
+        let mut hasher = SipHasher24::new_with_keys(self.keys.0, self.keys.1);
+        hasher.write_u32(((limit as u32) << 1) | u32::from(second));
+        if parts.ip {
+            hasher.write_u128(self.source(subject.ip));
+        }
+        // One provider must not spend another's quota by naming its groups.
+        if parts.provider || parts.group || parts.member || parts.target {
+            part(&mut hasher, subject.provider.map(str::as_bytes));
+        }
+        // A leaf index says nothing without its group.
+        if parts.group || parts.member {
+            part(&mut hasher, subject.group);
+        }
+        if parts.member {
+            match subject.member {
+                Some(Member::LeafIndex(leaf)) => {
+                    hasher.write_u8(1);
+                    hasher.write_u32(leaf);
+                }
+                Some(Member::KeyPackageRef(octets)) => {
+                    hasher.write_u8(2);
+                    part(&mut hasher, Some(octets));
+                }
+                Some(Member::UserKeyHash(octets)) => {
+                    hasher.write_u8(3);
+                    part(&mut hasher, Some(octets));
+                }
+                None => hasher.write_u8(0),
+            }
+        }
+        if parts.target {
+            part(&mut hasher, subject.target);
+        }
+        if parts.endpoint {
+            part(&mut hasher, Some(subject.operation.endpoint.as_bytes()));
+        }
+        Key(hasher.finish128().as_u128())
+    }
+
+    /// A source: an IPv4 address, mapped or not, or an IPv6 prefix.
+    fn source(&self, ip: IpAddr) -> u128 {
+        match ip.to_canonical() {
+            IpAddr::V4(ip) => u128::from(ip.to_ipv6_mapped().to_bits()),
+            IpAddr::V6(ip) => {
+                let host_bits = 128u32.saturating_sub(u32::from(self.policy.ipv6_prefix));
+                let mask = u128::MAX.checked_shl(host_bits).unwrap_or(0);
+                ip.to_bits() & mask
+            }
+        }
+    }
+}
+
+/// Hashes a part, or that there is none.
+#[inline]
+fn part(hasher: &mut SipHasher24, octets: Option<&[u8]>) {
+    match octets {
+        None => hasher.write_u64(u64::MAX),
+        Some(octets) => {
+            hasher.write_u64(octets.len() as u64);
+            hasher.write(octets);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dialect;
+    use crate::limiter::memory::Memory;
+    use std::time::Duration;
+
+    fn operation(name: &str) -> &'static Operation {
+        dialect::operations().find(|o| o.name == name).unwrap()
+    }
+
+    fn limit(name: &str, key: KeyParts, burst: u32) -> Limit {
+        let gcra = Gcra::new(1, Duration::from_secs(10), burst).unwrap();
+        Limit { name: name.into(), covers: u128::MAX, key, gcra, enforce: true, token: TokenUse::Off }
+    }
+
+    fn admission(limits: Vec<Limit>) -> Admission {
+        let policy = Policy { limits, endpoint_tokens: vec![], ipv6_prefix: 64 };
+        let overflowed = prometheus::IntCounter::new("o", "o").unwrap();
+        let store = Memory::new(1 << 20, policy.overflow_buckets(), overflowed);
+        Admission::new(policy, Arc::new(store), [7; 16], vec![])
+    }
+
+    fn subject<'a>(ip: &str, provider: Option<&'a str>, group: &'a [u8], leaf: u32) -> Subject<'a> {
+        Subject {
+            ip: ip.parse().unwrap(),
+            provider,
+            operation: operation("send_message"),
+            group: Some(group),
+            member: Some(Member::LeafIndex(leaf)),
+            target: None,
+            cost: 1,
+        }
+    }
+
+    const NOW: u64 = 1_000_000_000;
+
+    fn passes(admission: &Admission, subject: &Subject<'_>) -> bool {
+        matches!(admission.decide_at(NOW, subject, false, true), Decision::Pass { .. })
+    }
+
+    #[test]
+    fn members_are_members_of_a_group() {
+        let parts = KeyParts { member: true, ..KeyParts::default() };
+        let admission = admission(vec![limit("member", parts, 1)]);
+        assert!(passes(&admission, &subject("192.0.2.1", None, b"one", 1)));
+        assert!(!passes(&admission, &subject("192.0.2.1", None, b"one", 1)));
+        assert!(passes(&admission, &subject("192.0.2.1", None, b"one", 2)), "another member goes on");
+        assert!(passes(&admission, &subject("192.0.2.1", None, b"two", 1)), "the same leaf of another group");
+    }
+
+    #[test]
+    fn one_provider_cannot_spend_anothers_quota() {
+        let parts = KeyParts { group: true, ..KeyParts::default() };
+        let admission = admission(vec![limit("group", parts, 1)]);
+        assert!(passes(&admission, &subject("192.0.2.1", Some("evil.example"), b"one", 1)));
+        assert!(!passes(&admission, &subject("192.0.2.1", Some("evil.example"), b"one", 1)));
+        assert!(passes(&admission, &subject("192.0.2.1", Some("a.example"), b"one", 1)));
+        assert!(passes(&admission, &subject("192.0.2.1", None, b"one", 1)), "nor can who is not authenticated");
+    }
+
+    #[test]
+    fn what_is_absent_is_shared() {
+        let parts = KeyParts { member: true, ..KeyParts::default() };
+        let admission = admission(vec![limit("member", parts, 1)]);
+        let nobody = Subject { member: None, group: None, ..subject("192.0.2.1", None, b"", 0) };
+        assert!(passes(&admission, &nobody));
+        assert!(!passes(&admission, &nobody));
+    }
+
+    #[test]
+    fn sources_are_prefixes() {
+        let parts = KeyParts { ip: true, ..KeyParts::default() };
+        let admission = admission(vec![limit("ip", parts, 1)]);
+        assert!(passes(&admission, &subject("2001:db8::1", None, b"g", 1)));
+        assert!(!passes(&admission, &subject("2001:db8::ffff:1", None, b"g", 1)));
+        assert!(passes(&admission, &subject("2001:db8:0:1::1", None, b"g", 1)));
+        assert!(passes(&admission, &subject("192.0.2.1", None, b"g", 1)));
+        assert!(!passes(&admission, &subject("::ffff:192.0.2.1", None, b"g", 1)), "a mapped address is the address");
+        assert!(passes(&admission, &subject("192.0.2.2", None, b"g", 1)));
+    }
+
+    #[test]
+    fn parts_cannot_be_shifted_into_each_other() {
+        let parts = KeyParts { group: true, target: true, ..KeyParts::default() };
+        let admission = admission(vec![limit("both", parts, 1)]);
+        let base = subject("192.0.2.1", None, b"ab", 1);
+        assert!(passes(&admission, &Subject { target: Some(b"c"), ..base }));
+        assert!(passes(&admission, &Subject { group: Some(b"a"), target: Some(b"bc"), ..base }));
+    }
+
+    #[test]
+    fn cost_counts_and_beyond_the_burst_is_never() {
+        let parts = KeyParts { ip: true, ..KeyParts::default() };
+        let admission = admission(vec![limit("ip", parts, 5)]);
+        let base = subject("192.0.2.1", None, b"g", 1);
+        let Decision::Refuse { violated, .. } = admission.decide_at(NOW, &Subject { cost: 6, ..base }, false, true)
+        else {
+            panic!("six cells of five");
+        };
+        assert_eq!(violated[0].retry_after, None);
+        assert!(passes(&admission, &Subject { cost: 5, ..base }));
+        assert!(!passes(&admission, &base));
+    }
+
+    #[test]
+    fn a_token_helps_only_past_limits_that_take_one() {
+        let second = Gcra::new(1, Duration::from_secs(10), 1).unwrap();
+        let ip = KeyParts { ip: true, ..KeyParts::default() };
+        let group = KeyParts { group: true, ..KeyParts::default() };
+        let top_up = Limit { token: TokenUse::TopUp(second), ..limit("group", group, 1) };
+        let admission = admission(vec![limit("ip", ip, 3), top_up]);
+        let request = subject("192.0.2.1", None, b"g", 1);
+        let ask = |token| admission.decide_at(NOW, &request, token, true);
+        assert_eq!(ask(false), Decision::Pass { topped_up: false });
+        assert!(matches!(ask(false), Decision::Refuse { token_helps: true, .. }));
+        assert_eq!(ask(true), Decision::Pass { topped_up: true });
+        assert!(matches!(ask(true), Decision::Refuse { token_helps: true, .. }), "the second limit is one, too");
+        let Decision::Pass { .. } = admission.decide_at(NOW, &subject("192.0.2.1", None, b"h", 1), false, true) else {
+            panic!("the third of three from this source");
+        };
+        let Decision::Refuse { violated, token_helps } = ask(false) else { panic!("both are exceeded") };
+        assert_eq!(violated.len(), 2);
+        assert!(!token_helps);
+    }
+}

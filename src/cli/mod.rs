@@ -1,0 +1,79 @@
+//! The commands: `run`, `check`, `explain`.
+
+mod explain;
+
+use crate::config::Config;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// The gateway in front of MIMI/MLS Delivery Services.
+///
+/// Terminates federation TLS, reads just enough of each request to know group, sender and recipient, refuses what is not
+/// for this provider or not theirs to send, holds everyone to their limits, takes Privacy Pass tokens, and forwards the
+/// rest untouched.
+#[derive(Debug, Parser)]
+#[command(name = "moh-gateway", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the gateway until SIGTERM (requests under way end first) or SIGINT (at once)
+    Run(ConfigFile),
+    /// Check a configuration and the files it names, say all that is wrong, and exit
+    Check(ConfigFile),
+    /// Say what the gateway makes of a request, offline
+    Explain(explain::Explain),
+}
+
+#[derive(Debug, Args)]
+struct ConfigFile {
+    /// The configuration; conf/gateway.toml explains every key
+    #[arg(long, short, value_name = "FILE")]
+    config: PathBuf,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Run(file) => run(&file),
+        Command::Check(file) => match load(&file) {
+            Some(config) => {
+                let (listeners, limits) = (config.listeners.len(), config.policy.limits.len());
+                let nodes = config.upstream.nodes.len();
+                println!("{}: ok: {listeners} listeners, {nodes} nodes, {limits} limits", file.config.display());
+                ExitCode::SUCCESS
+            }
+            None => ExitCode::FAILURE,
+        },
+        Command::Explain(explain) => explain.run(),
+    }
+}
+
+fn load(file: &ConfigFile) -> Option<Config> {
+    Config::load(&file.config).map_err(|errors| errors.iter().for_each(|e| eprintln!("{e}"))).ok()
+}
+
+fn run(file: &ConfigFile) -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,pingora_core=off,pingora_proxy=off"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let Some(config) = load(file) else { return ExitCode::FAILURE };
+    for listener in &config.listeners {
+        tracing::info!(address = %listener.address, "listening for other providers");
+    }
+    tracing::info!(address = %config.admin, "listening for operators: /metrics /healthz /readyz");
+    match crate::gateway::server(config) {
+        Ok(server) => {
+            server.run(pingora_core::server::RunArgs::default());
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("moh-gateway: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Durations, sizes and rates as an operator writes them.
+
+use serde::{Deserialize, Deserializer, de};
+use std::time::Duration;
+
+/// "250ms", "10s", "5m", "1h", "1d".
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Span(pub(super) Duration);
+
+/// "64KiB", "8MiB", "1GiB", "512B" or a number of octets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Size(pub(super) u64);
+
+/// "20/s", "600/m", "5/h", "100/d": so many in so long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Rate {
+    pub(super) count: u32,
+    pub(super) period: Duration,
+}
+
+fn number_and_unit(text: &str) -> Option<(u64, &str)> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at_checked(digits)?;
+    Some((number.parse().ok()?, unit.trim_start()))
+}
+
+fn span(text: &str) -> Option<Duration> {
+    let (number, unit) = number_and_unit(text)?;
+    let seconds = |n: u64| number.checked_mul(n).map(Duration::from_secs);
+    match unit {
+        "ms" => Some(Duration::from_millis(number)),
+        "s" => seconds(1),
+        "m" => seconds(60),
+        "h" => seconds(3600),
+        "d" => seconds(86400),
+        _ => None,
+    }
+}
+
+fn size(text: &str) -> Option<u64> {
+    let (number, unit) = number_and_unit(text)?;
+    let shift = match unit {
+        "B" | "" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        _ => return None,
+    };
+    number.checked_mul(1 << shift)
+}
+
+fn rate(text: &str) -> Option<Rate> {
+    let (count, unit) = text.split_once('/')?;
+    let count = count.trim().parse().ok().filter(|count| *count > 0)?;
+    let period = span(&format!("1{}", unit.trim())).filter(|_| unit.trim() != "ms")?;
+    Some(Rate { count, period })
+}
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        span(&text)
+            .map(Self)
+            .ok_or_else(|| de::Error::custom(format!("{text:?} is no duration like \"250ms\", \"10s\", \"5m\"")))
+    }
+}
+
+impl<'de> Deserialize<'de> for Rate {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        rate(&text).ok_or_else(|| {
+            de::Error::custom(format!("{text:?} is no rate like \"20/s\", \"600/m\", \"5/h\", \"100/d\""))
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = Size;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a size like \"64KiB\", \"8MiB\"")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
+                size(text).map(Size).ok_or_else(|| E::custom(format!("{text:?} is no size like \"64KiB\", \"8MiB\"")))
+            }
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Size, E> {
+                u64::try_from(number).map(Size).map_err(|_| E::custom("a size is not negative"))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units() {
+        assert_eq!(span("250ms"), Some(Duration::from_millis(250)));
+        assert_eq!(span("5m"), Some(Duration::from_secs(300)));
+        assert_eq!(size("8MiB"), Some(8 << 20));
+        assert_eq!(rate("600/m"), Some(Rate { count: 600, period: Duration::from_secs(60) }));
+        for bad in ["", "s", "5", "5x", "-5s", "5.5s", "99999999999999999999s", "18446744073709551615d"] {
+            assert_eq!(span(bad), None, "{bad}");
+        }
+        for bad in ["", "/s", "0/s", "5/x", "5/ms", "5", "5/", "99999999999/s"] {
+            assert_eq!(rate(bad), None, "{bad}");
+        }
+        assert_eq!(size("99999999999999GiB"), None);
+    }
+}

@@ -1,0 +1,111 @@
+//! Peek: reading just enough of a body to decide, within its time and within what may be held.
+
+use crate::config::Timeouts;
+use crate::dialect::Endpoint;
+use crate::problem::Refusal;
+use crate::wire;
+use bytes::{Bytes, BytesMut};
+use http::header;
+use pingora_core::ErrorType;
+use pingora_http::RequestHeader;
+use pingora_proxy::Session;
+use std::time::{Duration, Instant};
+
+/// Octets of a body that may be held undecided. With a read's worth over it, it stays within Pingora's replay buffer of
+/// 64 KiB, which forgets all it has when it overflows.
+const MAX_HELD: usize = 48 * 1024;
+
+/// What has come of a body. Most often one read is all, and it is not copied.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    first: Bytes,
+    more: BytesMut,
+}
+
+impl Held {
+    /// All that has come.
+    pub(super) fn octets(&self) -> &[u8] {
+        if self.more.is_empty() { &self.first } else { &self.more }
+    }
+
+    fn push(&mut self, chunk: Bytes) {
+        if self.first.is_empty() {
+            self.first = chunk;
+        } else {
+            if self.more.is_empty() {
+                self.more.extend_from_slice(&self.first);
+            }
+            self.more.extend_from_slice(&chunk);
+        }
+    }
+}
+
+/// A body must be octets as they are: a coding would let the Delivery Service read others than the gateway did.
+pub(super) fn check_content(request: &RequestHeader) -> Result<(), Refusal> {
+    let mut types = request.headers.get_all(header::CONTENT_TYPE).iter();
+    let (Some(content_type), None) = (types.next(), types.next()) else { return Err(Refusal::WrongContentType) };
+    let essence = content_type.as_bytes().split(|b| *b == b';').next().unwrap_or_default().trim_ascii();
+    if !essence.eq_ignore_ascii_case(b"application/octet-stream")
+        || request.headers.contains_key(header::CONTENT_ENCODING)
+    {
+        return Err(Refusal::WrongContentType);
+    }
+    Ok(())
+}
+
+/// The length that the request says its body has.
+pub(super) fn content_length(request: &RequestHeader) -> Option<u64> {
+    request.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// Reads a body until its endpoint's reader has decided. What was read is replayed to the Delivery Service by Pingora.
+/// `waited` is lengthened by what was spent waiting for the client.
+pub(super) async fn peek(
+    session: &mut Session,
+    endpoint: &Endpoint,
+    held: &mut Held,
+    timeouts: &Timeouts,
+    waited: &mut Duration,
+) -> Result<(), Refusal> {
+    session.as_mut().enable_retry_buffering();
+    let deadline = Instant::now() + timeouts.body_total;
+    let expects = session.req_header().headers.get(header::EXPECT);
+    if expects.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+        let _ = session.as_mut().write_continue_response().await;
+    }
+    let mut need = 0;
+    loop {
+        if held.octets().len() >= need {
+            match endpoint.read(held.octets()) {
+                Ok(_) => return Ok(()),
+                Err(wire::Error::Incomplete { need: more, .. }) => need = more,
+                Err(malformed) => return Err(Refusal::Malformed(malformed)),
+            }
+        }
+        if need > MAX_HELD {
+            return Err(Refusal::TooLarge);
+        }
+        let began = Instant::now();
+        let patience = timeouts.body_idle.min(deadline.saturating_duration_since(began));
+        let read = tokio::time::timeout(patience, session.as_mut().read_request_body()).await;
+        *waited += began.elapsed();
+        match read {
+            Err(_) => return Err(Refusal::TooSlow),
+            Ok(Err(e)) if *e.etype() == ErrorType::ReadTimedout => return Err(Refusal::TooSlow),
+            Ok(Ok(Some(chunk))) if !chunk.is_empty() => held.push(chunk),
+            Ok(Ok(Some(_))) => {}
+            // The body ended, or broke off: what is missing will not come.
+            Ok(Ok(None) | Err(_)) => return Err(Refusal::Malformed(still_missing(endpoint, held))),
+        }
+        if session.as_mut().retry_buffer_truncated() {
+            return Err(Refusal::TooLarge);
+        }
+    }
+}
+
+fn still_missing(endpoint: &Endpoint, held: &Held) -> wire::Error {
+    match endpoint.read(held.octets()) {
+        Err(error) => error,
+        Ok(_) => wire::Error::Malformed { field: "body", offset: held.octets().len(), reason: "cut short" },
+    }
+}

@@ -1,0 +1,390 @@
+//! A connection of another provider's server, after its handshake, as Pingora gets it: rustls over what Pingora accepted.
+//!
+//! Pingora reads request heads with a time limit for each read and none for the whole, answers what is no HTTP with an
+//! empty page of its own, and closes a connection the moment it has answered. This stream mends the three. While an
+//! HTTP/1.1 head is being read it holds a clock and a bound for the whole head, and answers with our own documents; and
+//! where an answer went out before the request was all in, it reads on for a while before it closes, because to close on
+//! unread octets makes the kernel reset the connection and destroys the answer on its way.
+
+use crate::admission::PeerIdentity;
+use crate::problem::Refusal;
+use async_trait::async_trait;
+use bytes::{Buf, Bytes};
+use pingora_core::protocols::l4::socket::SocketAddr as PingoraAddr;
+use pingora_core::protocols::raw_connect::ProxyDigest;
+use pingora_core::protocols::{
+    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
+    UniqueID, UniqueIDType,
+};
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::time::Sleep;
+use tokio_rustls::server::TlsStream;
+
+/// Octets of a request head at most.
+const MAX_HEAD: usize = 64 * 1024;
+
+/// Octets a read gives at most while a body is held back: see [`Connection::hold`].
+const HELD_READ: usize = 16 * 1024;
+
+/// How long, and how long between two reads, an answered connection is read on.
+const LINGER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
+
+/// Connections that linger at once, at most.
+const LINGERING: usize = 1024;
+
+static LINGERERS: AtomicUsize = AtomicUsize::new(0);
+
+/// What is known of a connection, for all its requests.
+#[derive(Debug)]
+pub(super) struct Connection {
+    /// Who is at the other end.
+    pub(super) client: SocketAddr,
+    /// The name the client asked for.
+    pub(super) sni: Option<String>,
+    /// What its certificate says.
+    pub(super) identity: Option<PeerIdentity>,
+    /// HTTP/2 by ALPN.
+    pub(super) h2: bool,
+    reading_head: AtomicBool,
+    /// How many heads were awaited so far.
+    heads: AtomicUsize,
+    hold: AtomicBool,
+    linger: AtomicBool,
+    open: prometheus::IntGauge,
+}
+
+impl Connection {
+    /// A connection, counted in `open` until it is dropped.
+    pub(super) fn new(
+        client: SocketAddr,
+        sni: Option<String>,
+        identity: Option<PeerIdentity>,
+        h2: bool,
+        open: prometheus::IntGauge,
+    ) -> Self {
+        open.inc();
+        let off = || AtomicBool::new(false);
+        let heads = AtomicUsize::new(0);
+        Self { client, sni, identity, h2, reading_head: off(), heads, hold: off(), linger: off(), open }
+    }
+
+    /// The head of a request is awaited (HTTP/1.1).
+    pub(super) fn await_head(&self) {
+        self.heads.fetch_add(1, Ordering::Relaxed);
+        self.reading_head.store(!self.h2, Ordering::Relaxed);
+    }
+
+    /// The head of a request is in.
+    pub(super) fn head_is_in(&self) {
+        self.reading_head.store(false, Ordering::Relaxed);
+    }
+
+    /// Gives small reads while a body is held: Pingora's replay buffer has 64 KiB, and drops what it has without a word
+    /// when a read goes over that.
+    pub(super) fn hold(&self, hold: bool) {
+        self.hold.store(hold && !self.h2, Ordering::Relaxed);
+    }
+
+    /// The answer is out before the request was in: read on before closing.
+    pub(super) fn linger(&self) {
+        self.linger.store(!self.h2, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.open.dec();
+    }
+}
+
+/// How far an own answer to a head is.
+#[derive(Debug)]
+enum Head {
+    /// None is due.
+    Reading { octets: usize },
+    /// It is being written.
+    Refusing { answer: Bytes },
+    /// It is out; nothing more is read or written.
+    Refused,
+}
+
+/// The stream.
+pub(super) struct FederationStream {
+    inner: Option<TlsStream<Stream>>,
+    connection: Arc<Connection>,
+    proxy_digest: Arc<ProxyDigest>,
+    socket_digest: Arc<SocketDigest>,
+    head_timeout: Duration,
+    clock: Option<Pin<Box<Sleep>>>,
+    head: Head,
+    /// Which of the connection's heads this is about.
+    nth: usize,
+}
+
+impl std::fmt::Debug for FederationStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FederationStream").field("client", &self.connection.client).finish_non_exhaustive()
+    }
+}
+
+fn closed() -> io::Error {
+    io::ErrorKind::NotConnected.into()
+}
+
+/// A refusal as HTTP/1.1 octets, for requests that never became one.
+fn plain(refusal: &Refusal) -> Bytes {
+    let document = refusal.document();
+    let status = refusal.status();
+    let mut answer = format!(
+        "HTTP/1.1 {} {}\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\ncache-control: no-store\r\n\
+         connection: close\r\n\r\n",
+        status.as_u16(),
+        status.canonical_reason().unwrap_or_default(),
+        document.len()
+    )
+    .into_bytes();
+    answer.extend(document);
+    answer.into()
+}
+
+impl FederationStream {
+    pub(super) fn new(inner: TlsStream<Stream>, connection: Arc<Connection>, head_timeout: Duration) -> Self {
+        // Pingora knows no per-connection data of ours, but passes this on to every request, over HTTP/2 too.
+        let response = Box::new(http::Response::new(()).into_parts().0.into());
+        let proxy_digest = Arc::new(ProxyDigest::new(response, Some(Box::new(connection.clone()))));
+        let socket_digest = SocketDigest::from_raw_fd(inner.get_ref().0.id());
+        // Known already: no getpeername for each request.
+        let _ = socket_digest.peer_addr.set(Some(PingoraAddr::Inet(connection.client)));
+        let clock = (!connection.h2).then(|| Box::pin(tokio::time::sleep(head_timeout)));
+        Self {
+            inner: Some(inner),
+            connection,
+            proxy_digest,
+            socket_digest: Arc::new(socket_digest),
+            head_timeout,
+            clock,
+            head: Head::Reading { octets: 0 },
+            nth: 1,
+        }
+    }
+
+    fn refuse(&mut self, refusal: &Refusal) {
+        self.connection.linger();
+        self.clock = None;
+        self.head = Head::Refusing { answer: plain(refusal) };
+    }
+
+    /// Drives an own answer out.
+    fn poll_refusing(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
+        if let Head::Refusing { answer } = &mut self.head {
+            while !answer.is_empty() {
+                let written = ready!(Pin::new(&mut *inner).poll_write(cx, answer))?;
+                if written == 0 {
+                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+                }
+                answer.advance(written);
+            }
+            ready!(Pin::new(inner).poll_flush(cx))?;
+            self.head = Head::Refused;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// A read while a head is awaited: within its time, within its bound. The first head's time began with the
+    /// connection, a later one's begins with its first octet.
+    fn poll_read_head(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let nth = self.connection.heads.load(Ordering::Relaxed);
+        if nth != self.nth && matches!(self.head, Head::Reading { .. }) {
+            (self.nth, self.clock, self.head) = (nth, None, Head::Reading { octets: 0 });
+        }
+        loop {
+            match &mut self.head {
+                Head::Refused => return Poll::Ready(Ok(())),
+                Head::Refusing { .. } => ready!(self.poll_refusing(cx))?,
+                Head::Reading { octets } => {
+                    let before = buf.filled().len();
+                    let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
+                    match Pin::new(inner).poll_read(cx, buf)? {
+                        Poll::Ready(()) => {
+                            *octets += buf.filled().len() - before;
+                            if self.clock.is_none() {
+                                self.clock = Some(Box::pin(tokio::time::sleep(self.head_timeout)));
+                            }
+                            if *octets <= MAX_HEAD {
+                                return Poll::Ready(Ok(()));
+                            }
+                            buf.set_filled(before);
+                            self.refuse(&Refusal::BadHttp("the request head is larger than 64 KiB"));
+                        }
+                        Poll::Pending => {
+                            let late = self.clock.as_mut().map(|clock| clock.as_mut().poll(cx));
+                            match late {
+                                Some(Poll::Ready(())) if *octets == 0 => {
+                                    // Nothing was asked, so nothing is answered.
+                                    self.head = Head::Refused;
+                                }
+                                Some(Poll::Ready(())) => self.refuse(&Refusal::TooSlow),
+                                _ => return Poll::Pending,
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl AsyncRead for FederationStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.connection.reading_head.load(Ordering::Relaxed) {
+            return this.poll_read_head(cx, buf);
+        }
+        let Some(inner) = this.inner.as_mut() else { return Poll::Ready(Err(closed())) };
+        if !this.connection.hold.load(Ordering::Relaxed) || buf.remaining() <= HELD_READ {
+            return Pin::new(inner).poll_read(cx, buf);
+        }
+        let mut small = ReadBuf::new(buf.initialize_unfilled_to(HELD_READ));
+        ready!(Pin::new(inner).poll_read(cx, &mut small))?;
+        let read = small.filled().len();
+        buf.advance(read);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for FederationStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        // What is written before a head was in is Pingora's page for what it could not read.
+        if this.connection.reading_head.load(Ordering::Relaxed) {
+            if matches!(this.head, Head::Reading { .. }) {
+                this.refuse(&Refusal::BadHttp("the request head cannot be read, or its fields are too many"));
+            }
+            ready!(this.poll_refusing(cx))?;
+            return Poll::Ready(Ok(buf.len()));
+        }
+        match this.inner.as_mut() {
+            Some(inner) => Pin::new(inner).poll_write(cx, buf),
+            None => Poll::Ready(Err(closed())),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut().inner.as_mut() {
+            Some(inner) => Pin::new(inner).poll_flush(cx),
+            None => Poll::Ready(Err(closed())),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut().inner.as_mut() {
+            Some(inner) => Pin::new(inner).poll_shutdown(cx),
+            None => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        match this.inner.as_mut() {
+            Some(inner) if !this.connection.reading_head.load(Ordering::Relaxed) => {
+                Pin::new(inner).poll_write_vectored(cx, bufs)
+            }
+            _ => {
+                let first = bufs.iter().find(|buf| !buf.is_empty()).map_or(&[][..], |buf| &**buf);
+                Pin::new(this).poll_write(cx, first)
+            }
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+}
+
+impl Drop for FederationStream {
+    fn drop(&mut self) {
+        if !self.connection.linger.load(Ordering::Relaxed) {
+            return;
+        }
+        let (Some(inner), Ok(runtime)) = (self.inner.take(), tokio::runtime::Handle::try_current()) else { return };
+        if LINGERERS.fetch_add(1, Ordering::Relaxed) < LINGERING {
+            let connection = self.connection.clone();
+            runtime.spawn(async move {
+                linger(inner).await;
+                drop(connection);
+                LINGERERS.fetch_sub(1, Ordering::Relaxed);
+            });
+        } else {
+            LINGERERS.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Says that nothing more will come, and reads what still does, into nothing.
+async fn linger(mut stream: TlsStream<Stream>) {
+    let (total, idle) = LINGER;
+    let _ = tokio::time::timeout(total, async {
+        if stream.shutdown().await.is_err() {
+            return;
+        }
+        let mut nothing = vec![0; HELD_READ];
+        while let Ok(Ok(1..)) = tokio::time::timeout(idle, stream.read(&mut nothing)).await {}
+    })
+    .await;
+}
+
+// === What Pingora asks of a stream ===
+
+#[async_trait]
+impl Shutdown for FederationStream {
+    async fn shutdown(&mut self) {
+        if let Some(inner) = self.inner.as_mut() {
+            let _ = tokio::time::timeout(LINGER.1, tokio::io::AsyncWriteExt::shutdown(inner)).await;
+        }
+    }
+}
+
+impl UniqueID for FederationStream {
+    fn id(&self) -> UniqueIDType {
+        self.inner.as_ref().map_or(-1, |inner| inner.get_ref().0.id())
+    }
+}
+
+impl Ssl for FederationStream {
+    fn selected_alpn_proto(&self) -> Option<ALPN> {
+        Some(if self.connection.h2 { ALPN::H2 } else { ALPN::H1 })
+    }
+}
+
+impl GetTimingDigest for FederationStream {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        vec![]
+    }
+}
+
+impl GetProxyDigest for FederationStream {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        Some(self.proxy_digest.clone())
+    }
+}
+
+impl GetSocketDigest for FederationStream {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        Some(self.socket_digest.clone())
+    }
+}
+
+#[async_trait]
+impl Peek for FederationStream {}

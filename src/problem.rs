@@ -1,0 +1,379 @@
+//! Every refusal of the gateway, in one place: its status, its problem type (RFC 9457), its reason in metrics and log,
+//! and its header fields. Nothing of the Delivery Service, of other senders or of the configuration is in one.
+
+use crate::wire;
+use http::{HeaderName, HeaderValue, StatusCode, header};
+use serde_json::json;
+use std::time::Duration;
+
+/// What the problem types of this gateway begin with; `docs/refusals.md` lists them.
+pub const TYPE_PREFIX: &str = "tag:moh-gateway.example,2026:problem:";
+
+/// The problem type of draft-ietf-httpapi-ratelimit-headers for an exceeded quota.
+pub const QUOTA_EXCEEDED: &str = "https://iana.org/assignments/http-problem-types#quota-exceeded";
+
+/// A limit that a request exceeds, as far as its sender may know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violated {
+    /// The limit's name.
+    pub policy: String,
+    /// Cells it lets through at once.
+    pub burst: u64,
+    /// Seconds in which a whole burst comes back.
+    pub window: u64,
+    /// When the request would pass. None: never, it costs more than the burst.
+    pub retry_after: Option<Duration>,
+}
+
+/// What is wrong with a token, or that there is none (RFC 9577).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenProblem {
+    /// None came.
+    Missing,
+    /// The credential cannot be read, or there are two.
+    Malformed,
+    /// Made with a key that is not trusted here.
+    UnknownKey,
+    /// Made for another origin or context.
+    WrongChallenge,
+    /// Made for an epoch that is over.
+    Expired,
+    /// The authenticator does not verify.
+    BadAuthenticator,
+    /// Used before.
+    Spent,
+    /// The memory for spent tokens is full: nothing can be redeemed without forgetting.
+    StoreFull,
+}
+
+impl TokenProblem {
+    /// The reason, in metrics, logs and the problem type.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Missing => "token-missing",
+            Self::Malformed => "token-malformed",
+            Self::UnknownKey => "token-unknown-key",
+            Self::WrongChallenge => "token-wrong-challenge",
+            Self::Expired => "token-expired",
+            Self::BadAuthenticator => "token-bad",
+            Self::Spent => "token-spent",
+            Self::StoreFull => "token-store-full",
+        }
+    }
+
+    fn title(self) -> &'static str {
+        match self {
+            Self::Missing => "A Privacy Pass token is required",
+            Self::Malformed => "The PrivateToken credential cannot be read",
+            Self::UnknownKey => "The token was made with a key that is not trusted here",
+            Self::WrongChallenge => "The token was made for another challenge",
+            Self::Expired => "The token's challenge is no longer accepted",
+            Self::BadAuthenticator => "The token does not verify",
+            Self::Spent => "The token was spent before",
+            Self::StoreFull => "No token can be redeemed at the moment",
+        }
+    }
+}
+
+/// Why a request is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// The request head is not HTTP, or its fields are too many or contradict each other.
+    BadHttp(&'static str),
+    /// No endpoint has this path.
+    UnknownPath,
+    /// The endpoint has another method.
+    WrongMethod {
+        /// For `Allow`.
+        allow: &'static http::Method,
+    },
+    /// Not `application/octet-stream`.
+    WrongContentType,
+    /// The body is not this endpoint's, or ended before the reader had its fields.
+    Malformed(wire::Error),
+    /// Over the endpoint's bound, or not decided within what may be held.
+    TooLarge,
+    /// The head or the body came too slowly.
+    TooSlow,
+    /// Host, SNI or recipient is none of ours.
+    Misdirected(&'static str),
+    /// The sender is not the client certificate's provider.
+    SenderMismatch,
+    /// The sender is not on the list of peers.
+    PeerNotAllowed,
+    /// Limits are exceeded.
+    Limited {
+        /// Which, by the limits' own names.
+        violated: Vec<Violated>,
+        /// `WWW-Authenticate`, where a token would help.
+        challenge: Option<HeaderValue>,
+    },
+    /// A token is missing or no good.
+    Token {
+        /// What is wrong.
+        problem: TokenProblem,
+        /// `WWW-Authenticate`.
+        challenge: Option<HeaderValue>,
+    },
+    /// No Delivery Service node is to be had.
+    NoNode {
+        /// When one may be.
+        retry_after: Duration,
+    },
+    /// The Delivery Service cannot be reached, or its answer is no HTTP.
+    BadGateway,
+    /// The Delivery Service does not answer in time.
+    GatewayTimeout,
+    /// A fault of the gateway itself.
+    Internal,
+}
+
+impl Refusal {
+    /// The status (design, "Refusals").
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::BadHttp(_) | Self::Malformed(_) => StatusCode::BAD_REQUEST,
+            Self::UnknownPath => StatusCode::NOT_FOUND,
+            Self::WrongMethod { .. } => StatusCode::METHOD_NOT_ALLOWED,
+            Self::WrongContentType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
+            Self::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
+            Self::SenderMismatch | Self::PeerNotAllowed => StatusCode::FORBIDDEN,
+            Self::Limited { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::Token { problem: TokenProblem::StoreFull, .. } | Self::NoNode { .. } => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+            Self::Token { .. } => StatusCode::UNAUTHORIZED,
+            Self::BadGateway => StatusCode::BAD_GATEWAY,
+            Self::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// The reason in metrics and log: one of [`REASONS`].
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::BadHttp(_) => "bad-http",
+            Self::UnknownPath => "unknown-path",
+            Self::WrongMethod { .. } => "wrong-method",
+            Self::WrongContentType => "wrong-content-type",
+            Self::Malformed(_) => "malformed",
+            Self::TooLarge => "too-large",
+            Self::TooSlow => "too-slow",
+            Self::Misdirected(_) => "misdirected",
+            Self::SenderMismatch => "sender-mismatch",
+            Self::PeerNotAllowed => "peer-not-allowed",
+            Self::Limited { .. } => "limited",
+            Self::Token { problem, .. } => problem.name(),
+            Self::NoNode { .. } => "no-node",
+            Self::BadGateway => "bad-gateway",
+            Self::GatewayTimeout => "gateway-timeout",
+            Self::Internal => "internal",
+        }
+    }
+
+    fn title(&self) -> &'static str {
+        match self {
+            Self::BadHttp(_) => "The request is not acceptable HTTP",
+            Self::UnknownPath => "Nothing is served at this path",
+            Self::WrongMethod { .. } => "The endpoint has another method",
+            Self::WrongContentType => "The body must be application/octet-stream",
+            Self::Malformed(_) => "The body is malformed",
+            Self::TooLarge => "The body is too large",
+            Self::TooSlow => "The request came too slowly",
+            Self::Misdirected(_) => "The request is not for this provider",
+            Self::SenderMismatch => "The sender is not the provider of the client certificate",
+            Self::PeerNotAllowed => "The sender may not send here",
+            Self::Limited { .. } => "A limit is exceeded",
+            Self::Token { problem, .. } => problem.title(),
+            Self::NoNode { .. } => "The Delivery Service is not available",
+            Self::BadGateway => "The Delivery Service could not be reached",
+            Self::GatewayTimeout => "The Delivery Service did not answer in time",
+            Self::Internal => "The gateway failed",
+        }
+    }
+
+    fn type_uri(&self) -> String {
+        match self {
+            Self::Limited { .. } => QUOTA_EXCEEDED.to_owned(),
+            other => format!("{TYPE_PREFIX}{}", other.reason()),
+        }
+    }
+
+    /// The problem document (`application/problem+json`).
+    pub fn document(&self) -> Vec<u8> {
+        let mut document = json!({
+            "type": self.type_uri(),
+            "title": self.title(),
+            "status": self.status().as_u16(),
+        });
+        if let Some(fields) = document.as_object_mut() {
+            match self {
+                Self::BadHttp(detail) => {
+                    fields.insert("detail".into(), json!(detail));
+                }
+                Self::Malformed(error) => {
+                    let (field, offset) = error.place();
+                    fields.insert("detail".into(), json!(error.to_string()));
+                    fields.insert("field".into(), json!(field));
+                    fields.insert("offset".into(), json!(offset));
+                }
+                Self::Misdirected(what) => {
+                    fields.insert("detail".into(), json!(format!("{what} is not one of this provider's")));
+                }
+                Self::Limited { violated, .. } => {
+                    let names: Vec<_> = violated.iter().map(|v| v.policy.as_str()).collect();
+                    fields.insert("violated-policies".into(), json!(names));
+                }
+                _ => {}
+            }
+        }
+        document.to_string().into_bytes()
+    }
+
+    /// The header fields of this refusal, beside content type and length.
+    pub fn headers(&self) -> Vec<(HeaderName, HeaderValue)> {
+        let mut headers = vec![(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];
+        match self {
+            Self::WrongMethod { allow } => {
+                if let Ok(value) = HeaderValue::from_str(allow.as_str()) {
+                    headers.push((header::ALLOW, value));
+                }
+            }
+            Self::WrongContentType => {
+                headers.push((
+                    HeaderName::from_static("accept-post"),
+                    HeaderValue::from_static("application/octet-stream"),
+                ));
+            }
+            Self::Limited { violated, challenge } => {
+                headers.extend(rate_limit_fields(violated));
+                // All of them must pass: the one that takes longest decides. One that never passes gives no hope.
+                let wait = violated
+                    .iter()
+                    .map(|v| v.retry_after)
+                    .try_fold(Duration::ZERO, |longest, one| one.map(|one| longest.max(one)));
+                if let Some(wait) = wait {
+                    headers.push((header::RETRY_AFTER, HeaderValue::from(seconds_up(wait).max(1))));
+                }
+                headers.extend(challenge.clone().map(|value| (header::WWW_AUTHENTICATE, value)));
+            }
+            Self::Token { problem, challenge } => {
+                if *problem == TokenProblem::StoreFull {
+                    headers.push((header::RETRY_AFTER, HeaderValue::from(60u64)));
+                } else {
+                    headers.extend(challenge.clone().map(|value| (header::WWW_AUTHENTICATE, value)));
+                }
+            }
+            Self::NoNode { retry_after } => {
+                headers.push((header::RETRY_AFTER, HeaderValue::from(seconds_up(*retry_after).max(1))));
+            }
+            _ => {}
+        }
+        headers
+    }
+
+    /// Whether the connection ends with this refusal: the rest of what was sent on it cannot be trusted to be a request.
+    pub fn closes(&self) -> bool {
+        matches!(self, Self::BadHttp(_) | Self::TooLarge | Self::TooSlow)
+    }
+}
+
+/// Every reason a refusal may have, for metrics that exist before the first refusal.
+pub const REASONS: &[&str] = &[
+    "bad-http",
+    "unknown-path",
+    "wrong-method",
+    "wrong-content-type",
+    "malformed",
+    "too-large",
+    "too-slow",
+    "misdirected",
+    "sender-mismatch",
+    "peer-not-allowed",
+    "limited",
+    "token-missing",
+    "token-malformed",
+    "token-unknown-key",
+    "token-wrong-challenge",
+    "token-expired",
+    "token-bad",
+    "token-spent",
+    "token-store-full",
+    "no-node",
+    "bad-gateway",
+    "gateway-timeout",
+    "internal",
+];
+
+/// Whole seconds, rounded up: who waits as long as told is not told to wait again.
+pub fn seconds_up(duration: Duration) -> u64 {
+    duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
+}
+
+/// `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10): lists of strings with parameters.
+fn rate_limit_fields(violated: &[Violated]) -> Vec<(HeaderName, HeaderValue)> {
+    use sfv::{Integer, KeyRef, ListSerializer, StringRef};
+    let mut policies = ListSerializer::new();
+    let mut limits = ListSerializer::new();
+    let integer = |n: u64| Integer::try_from(n).unwrap_or(Integer::MAX);
+    let key = |name: &'static str| KeyRef::constant(name);
+    for v in violated {
+        let Ok(name) = StringRef::from_str(&v.policy) else { continue };
+        let policy = policies.bare_item(name);
+        let policy = policy.parameter(key("q"), integer(v.burst));
+        let _ = policy.parameter(key("w"), integer(v.window));
+        let limit = limits.bare_item(name).parameter(key("r"), integer(0));
+        if let Some(wait) = v.retry_after {
+            let _ = limit.parameter(key("t"), integer(seconds_up(wait)));
+        }
+    }
+    [("ratelimit-policy", policies.finish()), ("ratelimit", limits.finish())]
+        .into_iter()
+        .filter_map(|(name, value)| Some((HeaderName::from_static(name), HeaderValue::from_str(&value?).ok()?)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limited(waits: &[Option<Duration>]) -> Refusal {
+        let violated = waits
+            .iter()
+            .enumerate()
+            .map(|(i, wait)| Violated { policy: format!("p{i}"), burst: 10, window: 60, retry_after: *wait })
+            .collect();
+        Refusal::Limited { violated, challenge: None }
+    }
+
+    fn get(refusal: &Refusal, name: &str) -> Option<String> {
+        let headers = refusal.headers();
+        headers.iter().find(|(n, _)| n.as_str() == name).map(|(_, v)| v.to_str().unwrap().to_owned())
+    }
+
+    #[test]
+    fn retry_after_is_the_longest_wait_rounded_up() {
+        let refusal = limited(&[Some(Duration::from_millis(1001)), Some(Duration::from_millis(200))]);
+        assert_eq!(get(&refusal, "retry-after").unwrap(), "2");
+        assert_eq!(get(&refusal, "ratelimit-policy").unwrap(), r#""p0";q=10;w=60, "p1";q=10;w=60"#);
+        assert_eq!(get(&refusal, "ratelimit").unwrap(), r#""p0";r=0;t=2, "p1";r=0;t=1"#);
+    }
+
+    #[test]
+    fn what_never_passes_gives_no_retry_after() {
+        let refusal = limited(&[Some(Duration::from_secs(1)), None]);
+        assert_eq!(get(&refusal, "retry-after"), None);
+    }
+
+    #[test]
+    fn documents_name_the_field_and_its_offset() {
+        let error = wire::Error::Malformed { field: "version", offset: 0, reason: "it is not mimi10" };
+        let document: serde_json::Value = serde_json::from_slice(&Refusal::Malformed(error).document()).unwrap();
+        assert_eq!(document["field"], "version");
+        assert_eq!(document["offset"], 0);
+        assert_eq!(document["status"], 400);
+        assert_eq!(document["type"], format!("{TYPE_PREFIX}malformed"));
+    }
+}

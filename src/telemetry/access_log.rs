@@ -1,0 +1,98 @@
+//! A JSON line a request, written by a thread of its own behind a bounded queue: a slow disk loses lines, and counts
+//! them, before it delays a request. No raw group or member ID is in it, only pseudonyms that end with the process.
+
+use crate::config;
+use serde::Serialize;
+use std::io::Write as _;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
+
+/// Where lines go.
+#[derive(Debug)]
+pub struct AccessLog {
+    writer: Option<(NonBlocking, ErrorCounter)>,
+    /// Writes what is queued when it is dropped.
+    _guard: Option<WorkerGuard>,
+}
+
+/// What a line says of a request. Times in microseconds, sizes in octets.
+#[derive(Debug, Default, Serialize)]
+pub struct Line<'a> {
+    /// When it came, RFC 3339.
+    pub time: String,
+    /// Its ID, as the Delivery Service got it.
+    pub request_id: &'a str,
+    /// Who sent it.
+    pub client: String,
+    /// The authenticated provider.
+    pub provider: Option<&'a str>,
+    /// `HTTP/1.1` or `HTTP/2.0`.
+    pub http: &'a str,
+    /// The method.
+    pub method: &'a str,
+    /// The endpoint, if there is one.
+    pub endpoint: Option<&'a str>,
+    /// The operation, once read.
+    pub operation: Option<&'a str>,
+    /// A pseudonym of the group.
+    pub group: Option<String>,
+    /// The status answered; 0 where none was.
+    pub status: u16,
+    /// forwarded, answered, refused or aborted.
+    pub decision: &'a str,
+    /// Why it was refused.
+    pub reason: Option<&'a str>,
+    /// The limits it exceeded.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub limits: Vec<String>,
+    /// Whether a token was used for it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub token: bool,
+    /// Octets of its body that came.
+    pub body_in: usize,
+    /// Octets of the answer's body that went.
+    pub body_out: usize,
+    /// What the gateway took to decide.
+    pub gateway_us: u64,
+    /// What the Delivery Service took to begin its answer.
+    pub ds_us: Option<u64>,
+    /// The node that answered.
+    pub node: Option<String>,
+}
+
+impl AccessLog {
+    /// Opens the log.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn open(settings: &config::AccessLog) -> std::io::Result<Self> {
+        let (writer, guard) = match settings {
+            config::AccessLog::Off => return Ok(Self { writer: None, _guard: None }),
+            config::AccessLog::Stdout => NonBlockingBuilder::default().lossy(true).finish(std::io::stdout()),
+            config::AccessLog::File(path) => {
+                let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
+                NonBlockingBuilder::default().lossy(true).finish(file)
+            }
+        };
+        let lost = writer.error_counter();
+        Ok(Self { writer: Some((writer, lost)), _guard: Some(guard) })
+    }
+
+    /// Whether anything is written at all.
+    pub fn is_on(&self) -> bool {
+        self.writer.is_some()
+    }
+
+    /// Writes a line.
+    pub fn write(&self, line: &Line<'_>) {
+        let Some((writer, _)) = &self.writer else { return };
+        let Ok(mut text) = serde_json::to_vec(line) else { return };
+        text.push(b'\n');
+        // The queue takes it whole or loses it whole.
+        let _ = writer.clone().write_all(&text);
+    }
+
+    /// Lines lost so far.
+    pub fn lost(&self) -> u64 {
+        self.writer.as_ref().map_or(0, |(_, lost)| lost.dropped_lines() as u64)
+    }
+}

@@ -1,0 +1,206 @@
+//! What an operator sees: Prometheus metrics ([`Metrics`]) and a line a request ([`AccessLog`]).
+//!
+//! Labels are bounded: endpoints, reasons, limits and nodes are the program's and the configuration's, providers only
+//! those the operator names. Nothing a stranger writes makes a new time series.
+
+mod access_log;
+
+pub use access_log::{AccessLog, Line};
+
+use crate::admission::LimitCounters;
+use crate::dialect::{self, Endpoint};
+use crate::problem;
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+};
+use std::time::Duration;
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Decision {
+    /// It went to the Delivery Service, whose answer came back.
+    Forwarded,
+    /// The gateway answered it by itself.
+    Answered,
+    /// The gateway refused it.
+    Refused,
+    /// The client went away.
+    #[default]
+    Aborted,
+}
+
+impl Decision {
+    /// Its label.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Forwarded => "forwarded",
+            Self::Answered => "answered",
+            Self::Refused => "refused",
+            Self::Aborted => "aborted",
+        }
+    }
+}
+
+/// The label of requests to no endpoint, and of providers that the configuration does not name.
+const OTHER: &str = "other";
+
+/// All metrics of a gateway.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    providers: IntCounterVec,
+    limits: IntCounterVec,
+    gateway_seconds: Vec<(&'static str, Histogram)>,
+    ds_seconds: Vec<(&'static str, Histogram)>,
+    /// Decisions about keys that the limits' table had no room for.
+    pub limits_overflowed: IntCounter,
+    /// TLS handshakes, by how they ended.
+    pub handshakes: IntCounterVec,
+    /// Connections open.
+    pub connections: IntGauge,
+    /// Requests under way.
+    pub in_flight: IntGauge,
+    /// Nodes left out because they refused a connection.
+    pub ejections: IntCounterVec,
+    /// Access log lines lost because the writer could not keep up.
+    pub log_lines_lost: IntCounter,
+}
+
+/// From 10 µs to 5 s.
+const BUCKETS: &[f64] = &[
+    0.000_01, 0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
+    0.5, 1.0, 5.0,
+];
+
+impl Metrics {
+    /// Metrics in a registry of their own, all series of the program's own labels there from the start.
+    ///
+    /// # Errors
+    /// A name is taken twice: a fault of this function.
+    pub fn new(named_providers: &[String]) -> Result<Self, prometheus::Error> {
+        let registry = Registry::new_custom(Some("moh_gateway".into()), None)?;
+        let counters = |name: &str, help: &str, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
+            let vec = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(vec.clone()))?;
+            Ok(vec)
+        };
+        let counter = |name: &str, help: &str| -> Result<IntCounter, prometheus::Error> {
+            let counter = IntCounter::new(name, help)?;
+            registry.register(Box::new(counter.clone()))?;
+            Ok(counter)
+        };
+        let gauge = |name: &str, help: &str| -> Result<IntGauge, prometheus::Error> {
+            let gauge = IntGauge::new(name, help)?;
+            registry.register(Box::new(gauge.clone()))?;
+            Ok(gauge)
+        };
+        let histograms = |name: &str, help: &str| -> Result<Vec<(&'static str, Histogram)>, prometheus::Error> {
+            let vec = HistogramVec::new(HistogramOpts::new(name, help).buckets(BUCKETS.to_vec()), &["endpoint"])?;
+            registry.register(Box::new(vec.clone()))?;
+            Ok(dialect::endpoints().map(|e| (e.name, vec.with_label_values(&[e.name]))).collect())
+        };
+        let requests = counters(
+            "requests_total",
+            "Requests by endpoint, decision and reason of a refusal.",
+            &["endpoint", "decision", "reason"],
+        )?;
+        for endpoint in dialect::endpoints() {
+            let _ = requests.with_label_values(&[endpoint.name, "forwarded", ""]);
+            for reason in problem::REASONS {
+                let _ = requests.with_label_values(&[endpoint.name, "refused", reason]);
+            }
+        }
+        let providers = counters(
+            "provider_requests_total",
+            "Requests of authenticated providers, those of [peers] named by name.",
+            &["provider", "decision"],
+        )?;
+        for provider in named_providers.iter().map(String::as_str).chain([OTHER]) {
+            let _ = providers.with_label_values(&[provider, "forwarded"]);
+        }
+        let build = IntGauge::with_opts(
+            Opts::new("build_info", "1, with the version.").const_label("version", env!("CARGO_PKG_VERSION")),
+        )?;
+        build.set(1);
+        registry.register(Box::new(build))?;
+        Ok(Self {
+            requests,
+            providers,
+            limits: counters(
+                "limit_decisions_total",
+                "What limits said: allowed, refused (a shadow's refusal refuses nobody), topped-up (of the refused, let in by a token).",
+                &["limit", "mode", "outcome"],
+            )?,
+            gateway_seconds: histograms(
+                "gateway_seconds",
+                "What the gateway takes to decide, without waiting for the client's body or the Delivery Service.",
+            )?,
+            ds_seconds: histograms("ds_seconds", "From forwarding to the head of the Delivery Service's answer.")?,
+            limits_overflowed: counter(
+                "limit_overflow_decisions_total",
+                "Decisions for keys that the table of limits had no room for, made in a bucket they share.",
+            )?,
+            handshakes: counters(
+                "tls_handshakes_total",
+                "TLS handshakes by result: ok, failed, timeout.",
+                &["result"],
+            )?,
+            connections: gauge("connections", "Connections open after their handshake.")?,
+            in_flight: gauge("requests_in_flight", "Requests under way.")?,
+            ejections: counters(
+                "node_ejections_total",
+                "Delivery Service nodes left out for refusing a connection.",
+                &["node"],
+            )?,
+            log_lines_lost: counter(
+                "access_log_lost_total",
+                "Access log lines lost because their writer fell behind.",
+            )?,
+            registry,
+        })
+    }
+
+    /// The counters of a limit.
+    pub fn limit(&self, name: &str, enforce: bool) -> LimitCounters {
+        let mode = if enforce { "enforce" } else { "shadow" };
+        let of = |outcome| self.limits.with_label_values(&[name, mode, outcome]);
+        LimitCounters { allowed: of("allowed"), refused: of("refused"), topped_up: of("topped-up") }
+    }
+
+    /// Counts a request that has ended.
+    pub fn request(&self, endpoint: Option<&Endpoint>, decision: Decision, reason: &str, provider: Option<&str>) {
+        let endpoint = endpoint.map_or(OTHER, |e| e.name);
+        self.requests.with_label_values(&[endpoint, decision.label(), reason]).inc();
+        if let Some(provider) = provider {
+            self.providers.with_label_values(&[provider, decision.label()]).inc();
+        }
+    }
+
+    /// The label of a provider: its name if the operator named it.
+    pub fn provider_label<'a>(named: &'a [String], provider: &str) -> &'a str {
+        named.iter().find(|name| *name == provider).map_or(OTHER, |name| name.as_str())
+    }
+
+    /// Notes what the gateway took.
+    pub fn gateway_took(&self, endpoint: &Endpoint, took: Duration) {
+        if let Some((_, histogram)) = self.gateway_seconds.iter().find(|(name, _)| *name == endpoint.name) {
+            histogram.observe(took.as_secs_f64());
+        }
+    }
+
+    /// Notes what the Delivery Service took.
+    pub fn ds_took(&self, endpoint: &Endpoint, took: Duration) {
+        if let Some((_, histogram)) = self.ds_seconds.iter().find(|(name, _)| *name == endpoint.name) {
+            histogram.observe(took.as_secs_f64());
+        }
+    }
+
+    /// The text that Prometheus scrapes.
+    pub fn render(&self) -> Vec<u8> {
+        let mut text = vec![];
+        // Writing to a Vec does not fail, and what is registered has a valid name.
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text);
+        text
+    }
+}
