@@ -36,14 +36,7 @@ struct Arguments {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    // Whichever way `run` ends, dropped by a signal or unwound by a panic, the stage ends with it, and the gateway with that.
-    let outcome = tokio::select! {
-        biased;
-        outcome = run(&arguments) => outcome,
-        () = interrupted() => Err("interrupted".into()),
-    };
-    match outcome {
+    match demo(&Arguments::parse()).await {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -53,25 +46,32 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Whether every decision was the expected one.
-async fn run(arguments: &Arguments) -> Result<bool, Error> {
-    let mut stage = Stage::set(arguments.gateway.as_deref()).await?;
-    let mut ledger = Ledger::new();
-    if let Err(error) = play::play(&stage, &mut ledger).await {
-        eprintln!("{}", stage.log());
-        return Err(error);
-    }
-    ledger.print_table();
-    let good = ledger.is_good();
-    if !good {
-        eprintln!("\nThe gateway's log:\n{}", stage.log());
-    }
+/// Whether every decision was the expected one. However this ends, dropped halfway or unwound by a panic, the stage ends with
+/// it, and the gateway with the stage.
+async fn demo(arguments: &Arguments) -> Result<bool, Error> {
+    let (mut stage, good) = tokio::select! {
+        played = play(arguments) => played?,
+        () = interrupted() => return Err("interrupted".into()),
+    };
     if arguments.keep {
         stage.print_commands().await?;
         interrupted().await;
     }
     stage.strike().await;
     Ok(good)
+}
+
+/// What is running afterwards, and whether every decision was the expected one.
+async fn play(arguments: &Arguments) -> Result<(Stage, bool), Error> {
+    let stage = Stage::set(arguments.gateway.as_deref()).await?;
+    let mut ledger = Ledger::new();
+    let played = play::play(&stage, &mut ledger).await;
+    ledger.print_table();
+    let good = played.is_ok() && ledger.is_good();
+    if !good {
+        eprintln!("\nThe end of the gateway's log:\n{}\n", stage.log());
+    }
+    played.map(|()| (stage, good))
 }
 
 /// Waits for Ctrl-C, or a request to end.

@@ -231,17 +231,17 @@ impl Play<'_> {
     }
 
     async fn do_too_much(&mut self, members: &mut Members) -> Result<(), Error> {
-        self.ledger.scene(&format!("alice has {MEMBER_BURST} operations, and goes on"));
+        self.ledger.scene(&format!("alice has {MEMBER_BURST} operations at once, as everyone, and goes on"));
         let Members { alice, bob, carol } = members;
         let mut said = Vec::new();
         while self.operations_of_alice < MEMBER_BURST {
-            let word = format!("and {}", self.operations_of_alice);
-            self.say(self.alice, alice, &word, DONE).await?;
-            said.push(text(&word));
+            let number = (self.operations_of_alice + 1).to_string();
+            self.say(self.alice, alice, &number, DONE).await?;
+            said.push(text(&number));
         }
-        self.say(self.alice, alice, "and on", "429 with Retry-After").await?;
-        self.say(self.carol, carol, "let her be", DONE).await?;
-        said.push(text("let her be"));
+        self.say(self.alice, alice, "one more", "429 with Retry-After").await?;
+        self.say(self.carol, carol, "enough", DONE).await?;
+        said.push(text("enough"));
         self.receive(bob, &said);
         Ok(())
     }

@@ -259,7 +259,7 @@ impl Stage {
         println!("# meant for c.example (421)");
         curl(true, "POST", "/group_operation", "misdirected.bin", "");
         println!("# c.example, says the body; a.example, says the certificate (403)");
-        curl(true, "GET", "/verification_key", "sender_mismatch.bin", "");
+        curl(true, "POST", "/group_operation", "sender_mismatch.bin", "");
         println!("# cut off (400)");
         curl(true, "POST", "/group_operation", "malformed.bin", "");
         println!("# a stranger without a token (401)");

@@ -66,11 +66,8 @@ fn run(file: &ConfigFile) -> ExitCode {
         tracing::info!(address = %listener.address, "listening for other providers");
     }
     tracing::info!(address = %config.admin, "listening for operators: /metrics /healthz /readyz");
-    match crate::gateway::server(config) {
-        Ok(server) => {
-            server.run(pingora_core::server::RunArgs::default());
-            ExitCode::SUCCESS
-        }
+    match crate::gateway::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("moh-gateway: {e}");
             ExitCode::FAILURE

@@ -176,7 +176,9 @@ impl Config {
         })?;
         let file = serde_path_to_error::deserialize(deserializer).map_err(|e| {
             let at = e.inner().span().map_or(0, |span| span.start);
-            let key = Some(e.path().to_string()).filter(|path| path != ".").unwrap_or_default();
+            // A value with its place is a table of a name that is no operator's.
+            let key = e.path().to_string().replace(".$__serde_spanned_private_value", "");
+            let key = Some(key).filter(|path| path != ".").unwrap_or_default();
             vec![resolver.error(at, key, e.inner().message().to_owned())]
         })?;
         let config = resolver.config(file);

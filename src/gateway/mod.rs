@@ -26,8 +26,8 @@ use pingora_core::listeners::{L4BufferSettings, ListenerConfig};
 use pingora_core::modules::http::HttpModules;
 use pingora_core::protocols::Digest;
 use pingora_core::protocols::http::v2::server::H2Options;
-use pingora_core::server::Server;
 use pingora_core::server::configuration::ServerConf;
+use pingora_core::server::{ExecutionPhase, RunArgs, Server};
 use pingora_core::services::listening::Service;
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, Result};
@@ -76,6 +76,8 @@ pub struct RequestContext {
     token: Option<Reservation>,
     used_token: bool,
     decision: Decision,
+    /// What follows on the connection cannot be told from this request: it ends with the answer.
+    broken: bool,
     /// A refusal met where Pingora only takes an error.
     pending: Option<Refusal>,
     refused: Option<(StatusCode, &'static str, Vec<String>)>,
@@ -113,11 +115,42 @@ pub enum StartError {
     Randomness,
 }
 
-/// Makes the server, ready to run.
+/// Runs a gateway until it is told to stop: SIGTERM lets the requests under way end first, SIGINT does not.
 ///
 /// # Errors
 /// [`StartError`].
-pub fn server(config: Config) -> std::result::Result<Server, StartError> {
+pub fn run(config: Config) -> std::result::Result<(), StartError> {
+    let (server, shared) = server(config)?;
+    let phases = server.watch_execution_phase();
+    let draining = shared.clone();
+    std::thread::spawn(move || drain(phases, &draining));
+    server.run(RunArgs::default());
+    shared.access_log.close();
+    Ok(())
+}
+
+/// Ends the process once it has been told to stop and nothing is under way; Pingora would wait for all of its grace
+/// period, however little there is to wait for.
+fn drain(mut phases: tokio::sync::broadcast::Receiver<ExecutionPhase>, shared: &Shared) {
+    loop {
+        match phases.blocking_recv() {
+            Ok(ExecutionPhase::ShutdownGracePeriod) => break,
+            Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+            Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
+        }
+    }
+    tracing::info!(requests = shared.metrics.in_flight.get(), "stopping: requests under way may end");
+    let mut quiet = 0;
+    // What HTTP/2 has been given to send is sent a little after the request has ended.
+    while shared.metrics.connections.get() > 0 && quiet < 10 {
+        std::thread::sleep(Duration::from_millis(25));
+        quiet = if shared.metrics.in_flight.get() > 0 { 0 } else { quiet + 1 };
+    }
+    shared.access_log.close();
+    std::process::exit(0);
+}
+
+fn server(config: Config) -> std::result::Result<(Server, Arc<Shared>), StartError> {
     // Pingora panics where it cannot bind; said before, it is an error.
     for address in config.listeners.iter().map(|l| l.address).chain([config.admin]) {
         std::net::TcpListener::bind(address).map_err(|e| StartError::Listen(address, e))?;
@@ -138,13 +171,12 @@ pub fn server(config: Config) -> std::result::Result<Server, StartError> {
         metrics,
     });
 
-    let grace = config.timeouts.shutdown.as_secs().max(1);
     let conf = ServerConf {
         threads: config.threads,
         work_stealing: config.threads > 1,
         upstream_keepalive_pool_size: 1024,
-        grace_period_seconds: Some(0),
-        graceful_shutdown_timeout_seconds: Some(grace),
+        grace_period_seconds: Some(config.timeouts.shutdown.as_secs().max(1)),
+        graceful_shutdown_timeout_seconds: Some(1),
         max_retries: 16,
         ..ServerConf::default()
     };
@@ -171,11 +203,11 @@ pub fn server(config: Config) -> std::result::Result<Server, StartError> {
         service.add_listener(ListenerConfig::tcp(listener.address.to_string()).l4_buffer(buffers));
         server.add_service(service);
     }
-    let mut admin = Service::new("admin".to_owned(), admin::Admin(shared));
+    let mut admin = Service::new("admin".to_owned(), admin::Admin(shared.clone()));
     admin.threads = Some(1);
     admin.add_tcp(&config.admin.to_string());
     server.add_service(admin);
-    Ok(server)
+    Ok((server, shared))
 }
 
 fn h2_options() -> H2Options {
@@ -236,7 +268,10 @@ impl Gateway {
         connection.hold(true);
         let read = peek::peek(session, endpoint, &mut held, timeouts, &mut ctx.waited).await;
         connection.hold(false);
-        read?;
+        read.map_err(|stop| {
+            ctx.broken = stop.broken;
+            stop.refusal
+        })?;
         let envelope = endpoint.read(held.octets()).map_err(Refusal::Malformed)?;
         self.identify_and_admit(session, ctx, &connection, &envelope)
     }
@@ -366,7 +401,7 @@ impl Gateway {
         }
         response.insert_header(header::CONTENT_TYPE, "application/problem+json")?;
         response.insert_header(header::CONTENT_LENGTH, document.len())?;
-        if refusal.closes() || !session.as_mut().is_body_done() {
+        if ctx.broken || refusal.closes() || !session.as_mut().is_body_done() {
             session.set_keepalive(None);
             if let Some(connection) = &ctx.connection {
                 connection.linger();
@@ -425,6 +460,7 @@ impl ProxyHttp for Gateway {
             token: None,
             used_token: false,
             decision: Decision::Aborted,
+            broken: false,
             pending: None,
             refused: None,
             in_flight,

@@ -58,6 +58,21 @@ pub(super) fn content_length(request: &RequestHeader) -> Option<u64> {
     request.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
+/// Why reading stopped undecided.
+#[derive(Debug)]
+pub(super) struct Stop {
+    /// The answer.
+    pub(super) refusal: Refusal,
+    /// The body broke off, or is not framed as it should be.
+    pub(super) broken: bool,
+}
+
+impl From<Refusal> for Stop {
+    fn from(refusal: Refusal) -> Self {
+        Self { refusal, broken: false }
+    }
+}
+
 /// Reads a body until its endpoint's reader has decided. What was read is replayed to the Delivery Service by Pingora.
 /// `waited` is lengthened by what was spent waiting for the client.
 pub(super) async fn peek(
@@ -66,7 +81,7 @@ pub(super) async fn peek(
     held: &mut Held,
     timeouts: &Timeouts,
     waited: &mut Duration,
-) -> Result<(), Refusal> {
+) -> Result<(), Stop> {
     session.as_mut().enable_retry_buffering();
     let deadline = Instant::now() + timeouts.body_total;
     let expects = session.req_header().headers.get(header::EXPECT);
@@ -79,26 +94,33 @@ pub(super) async fn peek(
             match endpoint.read(held.octets()) {
                 Ok(_) => return Ok(()),
                 Err(wire::Error::Incomplete { need: more, .. }) => need = more,
-                Err(malformed) => return Err(Refusal::Malformed(malformed)),
+                Err(malformed) => return Err(Refusal::Malformed(malformed).into()),
             }
         }
         if need > MAX_HELD {
-            return Err(Refusal::TooLarge);
+            return Err(Refusal::TooLarge.into());
         }
         let began = Instant::now();
         let patience = timeouts.body_idle.min(deadline.saturating_duration_since(began));
         let read = tokio::time::timeout(patience, session.as_mut().read_request_body()).await;
         *waited += began.elapsed();
         match read {
-            Err(_) => return Err(Refusal::TooSlow),
-            Ok(Err(e)) if *e.etype() == ErrorType::ReadTimedout => return Err(Refusal::TooSlow),
+            Err(_) => return Err(Refusal::TooSlow.into()),
             Ok(Ok(Some(chunk))) if !chunk.is_empty() => held.push(chunk),
             Ok(Ok(Some(_))) => {}
-            // The body ended, or broke off: what is missing will not come.
-            Ok(Ok(None) | Err(_)) => return Err(Refusal::Malformed(still_missing(endpoint, held))),
+            // The body ended: what is missing will not come.
+            Ok(Ok(None)) => return Err(Refusal::Malformed(still_missing(endpoint, held)).into()),
+            Ok(Err(e)) => {
+                let refusal = match e.etype() {
+                    ErrorType::ReadTimedout => Refusal::TooSlow,
+                    ErrorType::ConnectionClosed => Refusal::Malformed(still_missing(endpoint, held)),
+                    _ => Refusal::BadHttp("the body's framing is wrong, or it broke off"),
+                };
+                return Err(Stop { refusal, broken: true });
+            }
         }
         if session.as_mut().retry_buffer_truncated() {
-            return Err(Refusal::TooLarge);
+            return Err(Refusal::TooLarge.into());
         }
     }
 }

@@ -2,6 +2,7 @@
 //! them, before it delays a request. No raw group or member ID is in it, only pseudonyms that end with the process.
 
 use crate::config;
+use parking_lot::Mutex;
 use serde::Serialize;
 use std::io::Write as _;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
@@ -11,7 +12,7 @@ use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuild
 pub struct AccessLog {
     writer: Option<(NonBlocking, ErrorCounter)>,
     /// Writes what is queued when it is dropped.
-    _guard: Option<WorkerGuard>,
+    guard: Mutex<Option<WorkerGuard>>,
 }
 
 /// What a line says of a request. Times in microseconds, sizes in octets.
@@ -66,7 +67,7 @@ impl AccessLog {
     /// The file cannot be opened.
     pub fn open(settings: &config::AccessLog) -> std::io::Result<Self> {
         let (writer, guard) = match settings {
-            config::AccessLog::Off => return Ok(Self { writer: None, _guard: None }),
+            config::AccessLog::Off => return Ok(Self { writer: None, guard: Mutex::new(None) }),
             config::AccessLog::Stdout => NonBlockingBuilder::default().lossy(true).finish(std::io::stdout()),
             config::AccessLog::File(path) => {
                 let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
@@ -74,7 +75,7 @@ impl AccessLog {
             }
         };
         let lost = writer.error_counter();
-        Ok(Self { writer: Some((writer, lost)), _guard: Some(guard) })
+        Ok(Self { writer: Some((writer, lost)), guard: Mutex::new(Some(guard)) })
     }
 
     /// Whether anything is written at all.
@@ -89,6 +90,11 @@ impl AccessLog {
         text.push(b'\n');
         // The queue takes it whole or loses it whole.
         let _ = writer.clone().write_all(&text);
+    }
+
+    /// Writes what is queued; lines after this are lost.
+    pub fn close(&self) {
+        drop(self.guard.lock().take());
     }
 
     /// Lines lost so far.

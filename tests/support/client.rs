@@ -172,6 +172,11 @@ impl Client {
         self
     }
 
+    /// Whether it speaks HTTP/1.1.
+    pub fn is_http1(&self) -> bool {
+        !self.http2
+    }
+
     /// How many connections it has opened.
     pub fn connections(&self) -> usize {
         self.opened.load(SeqCst)

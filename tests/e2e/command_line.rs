@@ -1,0 +1,189 @@
+//! `check`, `explain`, `--help`: as an operator uses them.
+
+use crate::harness::{Setup, binary, ca, config, send_message};
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn run(args: &[&str], input: &[u8]) -> Output {
+    let mut child = Command::new(binary())
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    let writer = std::thread::spawn(move || stdin.write_all(&input));
+    let output = child.wait_with_output().unwrap();
+    let _ = writer.join().unwrap();
+    output
+}
+
+fn check(path: &Path) -> (bool, String) {
+    let output = run(&["check", "--config", path.to_str().unwrap()], b"");
+    (output.status.success(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+}
+
+#[test]
+fn help_helps() {
+    for args in [&["--help"][..], &["run", "--help"], &["check", "--help"], &["explain", "--help"]] {
+        let output = run(args, b"");
+        assert!(output.status.success());
+        assert!(String::from_utf8(output.stdout).unwrap().contains("Usage: moh-gateway"));
+    }
+    assert!(!run(&["frobnicate"], b"").status.success());
+}
+
+#[test]
+fn the_shipped_configurations_are_good() {
+    let dir = tempfile::tempdir().unwrap();
+    let pki = dir.path().join("pki");
+    std::fs::create_dir(&pki).unwrap();
+    ca().write(&pki, "federation-ca");
+    let identity = ca().issue(&["ds.b.example", "b.example"]);
+    std::fs::write(pki.join("ds.b.example.pem"), &identity.chain_pem).unwrap();
+    std::fs::write(pki.join("ds.b.example.key"), &identity.key_pem).unwrap();
+    crate::support::tokens::Issuer::generate("issuer.example").write(&pki, "issuer.pub");
+    std::fs::write(pki.join("privacy-pass.secret"), [7; 32]).unwrap();
+    for name in ["gateway.toml", "minimal.toml"] {
+        let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("conf").join(name)).unwrap();
+        let path = dir.path().join(name);
+        std::fs::write(&path, &text).unwrap();
+        let (ok, said) = check(&path);
+        assert!(ok, "{said}");
+        // What is commented out as an example is good, too.
+        let lines: Vec<_> = text
+            .lines()
+            .map(|line| match line.strip_prefix("# ") {
+                Some(rest)
+                    if rest.starts_with('[') || rest.split_once(" = ").is_some_and(|(key, _)| !key.contains(' ')) =>
+                {
+                    rest
+                }
+                _ => line,
+            })
+            .collect();
+        std::fs::write(&path, lines.join("\n")).unwrap();
+        let (ok, said) = check(&path);
+        assert!(ok, "{said}");
+    }
+}
+
+/// The line of the first error, and what is said.
+fn said(change: impl Fn(String) -> String) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let address: SocketAddr = "127.0.0.1:1".parse().unwrap();
+    let path = config(dir.path(), address, address, &Setup::of_nodes(&[address]));
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, change(text)).unwrap();
+    let (ok, said) = check(&path);
+    assert!(!ok, "{said}");
+    said.replace(path.to_str().unwrap(), "FILE")
+}
+
+#[test]
+fn errors_say_file_line_and_key() {
+    let replace = |from: &'static str, to: &'static str| {
+        said(|text| {
+            assert!(text.contains(from));
+            text.replace(from, to)
+        })
+    };
+    let append = |more: &'static str| said(|text| text + more);
+    let at_end = |key: &str, said: &str| assert!(said.contains(key), "{key} in {said}");
+
+    let unknown = replace("names = [\"b.example\", \"also-b.example\"]", "names = [\"b.example\"]\nnmae = 1");
+    assert!(unknown.starts_with("FILE:4: ") && unknown.contains("unknown field `nmae`"), "{unknown}");
+    let typed = replace("client_certificates = \"optional\"", "client_certificates = \"maybe\"");
+    assert!(typed.starts_with("FILE:7: listener[0].client_certificates: "), "{typed}");
+    let name = replace("ds_domain = \"ds.b.example\"", "ds_domain = \"ds_b.example\"");
+    assert!(name.starts_with("FILE:4: provider.ds_domain: "), "{name}");
+    let missing = replace("client_ca = \"ca.pem\"", "client_ca = \"nowhere.pem\"");
+    assert!(missing.starts_with("FILE:8: listener[0].client_ca: ") && missing.contains("nowhere.pem"), "{missing}");
+    let syntax = append("\n[oh no");
+    assert!(syntax.starts_with("FILE:") && !syntax.starts_with("FILE:1:"), "{syntax}");
+
+    let limit = "\n[[limit]]\nname = \"l\"\nkey = [\"group\"]\nrate = \"1/s\"\nburst = 1\n";
+    at_end("limit[0].key: verification_key never says a group", &append(limit));
+    at_end(
+        "limit[0].rate: \"fast\" is no rate",
+        &append("\n[[limit]]\nname = \"l\"\nkey = []\nrate = \"fast\"\nburst = 1\n"),
+    );
+    at_end(
+        "limit[0].burst: a burst is at least 1",
+        &append("\n[[limit]]\nname = \"l\"\nkey = []\nrate = \"1/s\"\nburst = 0\n"),
+    );
+    at_end(
+        "limit[0].endpoints: no endpoint \"group_opration\"",
+        &append("\n[[limit]]\nname = \"l\"\nendpoints = [\"group_opration\"]\nkey = []\nrate = \"1/s\"\nburst = 1\n"),
+    );
+    at_end(
+        "limit[0].token: top-up needs",
+        &append("\n[[limit]]\nname = \"l\"\nkey = []\nrate = \"1/s\"\nburst = 1\ntoken = \"top-up\"\n"),
+    );
+    at_end("endpoints.nowhere: no such endpoint", &append("\n[endpoints.nowhere]\n"));
+    at_end("privacy_pass: missing", &append("\n[endpoints.connection_request]\ntoken = \"required\"\n"));
+    let off = said(|text| {
+        let text = text.replace("client_certificates = \"optional\"", "");
+        text + "\n[[limit]]\nname = \"l\"\nkey = [\"provider\"]\nrate = \"1/s\"\nburst = 1\n"
+    });
+    at_end("limit[0].key: no listener asks for client certificates", &off);
+    let two = said(|text| {
+        text.replace("chain = ", "chain = \"nowhere.pem\" #")
+            .replace("address = \"127.0.0.1:1\"\nclient", "address = \"here\"\nclient")
+    });
+    assert_eq!(two.lines().count(), 2, "all that is wrong, not only the first: {two}");
+}
+
+#[test]
+fn run_says_why_it_cannot() {
+    let dir = tempfile::tempdir().unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let free = "127.0.0.1:0".parse().unwrap();
+    let path = config(dir.path(), address, free, &Setup::of_nodes(&[address]));
+    let output = run(&["run", "--config", path.to_str().unwrap()], b"");
+    assert!(!output.status.success());
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains(&address.to_string()) && said.contains("in use"), "{said}");
+}
+
+#[test]
+fn explain_for_a_person() {
+    let output = run(&["explain", "--path", "/group_operation"], &send_message());
+    let said = String::from_utf8(output.stdout).unwrap();
+    for line in ["outcome  accept", "operation  send_message", "sender  a.example", "member  leaf_index 1"] {
+        assert!(said.contains(line), "{line} in {said}");
+    }
+    let hex = hex::encode(&send_message()[..30]);
+    let output = run(&["explain", "--hex", "--path", "/group_operation"], hex.as_bytes());
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("400 malformed") && said.contains("MLSMessage.wire_format"), "{said}");
+    let output = run(&["explain", "--peer", "c.example", "--path", "/group_operation"], &send_message());
+    assert!(String::from_utf8(output.stdout).unwrap().contains("403 sender-mismatch"));
+}
+
+/// The vectors hold others' data and are not in this project: `$MOH_VECTORS` says where they are.
+#[test]
+fn explain_agrees_with_the_vectors() {
+    let Some(folder) = std::env::var_os("MOH_VECTORS") else {
+        eprintln!("MOH_VECTORS is not set: the vectors are not read (tests/corpus.rs is the project's own)");
+        return;
+    };
+    let text = std::fs::read(Path::new(&folder).join("moh.json")).unwrap();
+    let vectors: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let cases = vectors["cases"].as_array().unwrap();
+    assert!(cases.len() > 300);
+    let lines: Vec<String> = cases.iter().map(serde_json::Value::to_string).collect();
+    let output = run(&["explain", "--jsonl"], lines.join("\n").as_bytes());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said: Vec<serde_json::Value> =
+        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(said.len(), cases.len());
+    for (case, said) in cases.iter().zip(said) {
+        assert_eq!(said, case["expect"], "{}", case["name"]);
+    }
+}

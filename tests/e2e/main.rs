@@ -1,0 +1,22 @@
+//! End to end: real TLS to the real binary, real MLS messages, a real Delivery Service behind it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    missing_docs,
+    unreachable_pub
+)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod command_line;
+mod forwarding;
+mod harness;
+mod hostile;
+mod limits;
+mod outside;
+mod refusals;
+mod tls;
+mod tokens;
