@@ -11,9 +11,8 @@ pub use identity::{PeerIdentity, Peers, bind_sender};
 use crate::dialect::{Member, Operation};
 use crate::limiter::{Check, Key, Outcome, Outcomes, Store, TopUp, gcra::Gcra};
 use crate::problem::Violated;
-use siphasher::sip128::{Hasher128, SipHasher24};
+use siphasher::sip128::{SipHasher13, SipHasher24};
 use smallvec::SmallVec;
-use std::hash::Hasher;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -136,6 +135,10 @@ pub struct Admission {
     counters: Vec<LimitCounters>,
     store: Arc<dyn Store>,
     keys: (u64, u64),
+    /// For each limit: its key, and its second limit's.
+    mixes: Vec<(Mix, Mix)>,
+    /// Attributes that any limit's key asks for.
+    wanted: KeyParts,
     started: Instant,
 }
 
@@ -189,7 +192,19 @@ impl Admission {
             half.iter_mut().zip(secret.iter().skip(at)).for_each(|(to, from)| *to = *from);
             u64::from_le_bytes(half)
         });
-        Self { policy, counters, store, keys: (a, b), started: Instant::now() }
+        let mix =
+            |(i, limit): (usize, &Limit)| [false, true].map(|second| Mix::new((a, b), i, second, limit.key)).into();
+        let mixes = policy.limits.iter().enumerate().map(mix).collect();
+        let any = |part: fn(&KeyParts) -> bool| policy.limits.iter().any(|limit| part(&limit.key));
+        let wanted = KeyParts {
+            ip: any(|key| key.ip),
+            provider: any(|key| key.provider || key.group || key.member || key.target),
+            group: any(|key| key.group),
+            member: any(|key| key.member),
+            target: any(|key| key.target),
+            endpoint: any(|key| key.endpoint),
+        };
+        Self { policy, counters, store, keys: (a, b), mixes, wanted, started: Instant::now() }
     }
 
     /// The policy.
@@ -199,9 +214,7 @@ impl Admission {
 
     /// A keyed hash of octets, for logs and for choosing a node: stable within the process, meaningless outside.
     pub fn pseudonym(&self, octets: &[u8]) -> u128 {
-        let mut hasher = SipHasher24::new_with_keys(self.keys.0, self.keys.1 ^ 1);
-        hasher.write(octets);
-        hasher.finish128().as_u128()
+        SipHasher24::new_with_keys(self.keys.0, self.keys.1 ^ 1).hash(octets).as_u128()
     }
 
     /// Asks all limits that cover a request together. `token`: one was brought and is good, so where a limit refuses, its
@@ -214,19 +227,18 @@ impl Admission {
     fn decide_at(&self, now: u64, subject: &Subject<'_>, token: bool, charge: bool) -> Decision {
         let mut checks: SmallVec<[Check; 12]> = SmallVec::new();
         let mut asked: SmallVec<[(usize, TokenUse); 12]> = SmallVec::new();
-        for (i, limit) in self.policy.limits.iter().enumerate() {
+        let parts = self.parts(subject);
+        for (i, (limit, (mix, second))) in self.policy.limits.iter().zip(&self.mixes).enumerate() {
             if !limit.covers(subject.operation) {
                 continue;
             }
             let token_use = self.policy.token_use(limit, subject.operation);
             let top_up = match token_use {
-                TokenUse::TopUp(gcra) if token => {
-                    Some(TopUp { key: self.key(i, true, limit.key, subject), gcra, overflow: 2 * i + 1 })
-                }
+                TokenUse::TopUp(gcra) if token => Some(TopUp { key: second.key(&parts), gcra, overflow: 2 * i + 1 }),
                 _ => None,
             };
             checks.push(Check {
-                key: self.key(i, false, limit.key, subject),
+                key: mix.key(&parts),
                 gcra: limit.gcra,
                 cost: subject.cost,
                 enforce: limit.enforce,
@@ -283,53 +295,65 @@ impl Admission {
         if pass { Decision::Pass { topped_up } } else { Decision::Refuse { violated, token_helps } }
     }
 
-    /// The key of a limit's state for a request. Every part is tagged and says its length: no two requests that differ
-    /// in a part have the same octets to hash.
+    /// The attributes of a request that any limit asks for, hashed once for all limits.
     #[inline]
-    fn key(&self, limit: usize, second: bool, parts: KeyParts, subject: &Subject<'_>) -> Key {
-        let mut hasher = SipHasher24::new_with_keys(self.keys.0, self.keys.1);
-        hasher.write_u32(((limit as u32) << 1) | u32::from(second));
-        if parts.ip {
-            hasher.write_u128(self.source(subject.ip));
+    fn parts(&self, subject: &Subject<'_>) -> [u128; PARTS] {
+        let hash = |tag: u64, octets: Option<&[u8]>| match octets {
+            Some(octets) => self.sip(tag, octets),
+            None => self.sip(tag | ABSENT, &[]),
+        };
+        let wanted = self.wanted;
+        let mut parts = [0; PARTS];
+        let [ip, provider, group, member, target, endpoint] = &mut parts;
+        if wanted.ip {
+            *ip = self.sip(1, &self.source(subject.ip).to_be_bytes());
         }
-        // One provider must not spend another's quota by naming its groups.
-        if parts.provider || parts.group || parts.member || parts.target {
-            part(&mut hasher, subject.provider.map(str::as_bytes));
+        if wanted.provider {
+            *provider = hash(2, subject.provider.map(str::as_bytes));
         }
-        // A leaf index says nothing without its group.
-        if parts.group || parts.member {
-            part(&mut hasher, subject.group);
+        if wanted.group || wanted.member {
+            *group = hash(3, subject.group);
         }
-        if parts.member {
-            match subject.member {
+        if wanted.member {
+            // A leaf index says nothing without its group.
+            let mut of_group = [0; 32];
+            let (in_group, id) = of_group.split_at_mut(16);
+            in_group.copy_from_slice(&group.to_be_bytes());
+            let tag = match subject.member {
                 Some(Member::LeafIndex(leaf)) => {
-                    hasher.write_u8(1);
-                    hasher.write_u32(leaf);
+                    id.copy_from_slice(&u128::from(leaf).to_be_bytes());
+                    4
                 }
                 Some(Member::KeyPackageRef(octets)) => {
-                    hasher.write_u8(2);
-                    part(&mut hasher, Some(octets));
+                    id.copy_from_slice(&self.sip(5, octets).to_be_bytes());
+                    5
                 }
                 Some(Member::UserKeyHash(octets)) => {
-                    hasher.write_u8(3);
-                    part(&mut hasher, Some(octets));
+                    id.copy_from_slice(&self.sip(6, octets).to_be_bytes());
+                    6
                 }
-                None => hasher.write_u8(0),
-            }
+                None => 4 | ABSENT,
+            };
+            *member = self.sip(tag, &of_group);
         }
-        if parts.target {
-            part(&mut hasher, subject.target);
+        if wanted.target {
+            *target = hash(7, subject.target);
         }
-        if parts.endpoint {
-            part(&mut hasher, Some(subject.operation.endpoint.as_bytes()));
+        if wanted.endpoint {
+            *endpoint = self.sip(8, subject.operation.endpoint.as_bytes());
         }
-        Key(hasher.finish128().as_u128())
+        parts
+    }
+
+    #[inline]
+    fn sip(&self, tag: u64, octets: &[u8]) -> u128 {
+        SipHasher13::new_with_keys(self.keys.0 ^ tag, self.keys.1).hash(octets).as_u128()
     }
 
     /// A source: an IPv4 address, mapped or not, or an IPv6 prefix.
     fn source(&self, ip: IpAddr) -> u128 {
         match ip.to_canonical() {
-            IpAddr::V4(ip) => u128::from(ip.to_ipv6_mapped().to_bits()),
+            IpAddr::V4(ip) => ip.to_ipv6_mapped().to_bits(),
             IpAddr::V6(ip) => {
                 let host_bits = 128u32.saturating_sub(u32::from(self.policy.ipv6_prefix));
                 let mask = u128::MAX.checked_shl(host_bits).unwrap_or(0);
@@ -339,15 +363,47 @@ impl Admission {
     }
 }
 
-/// Hashes a part, or that there is none.
-#[inline]
-fn part(hasher: &mut SipHasher24, octets: Option<&[u8]>) {
-    match octets {
-        None => hasher.write_u64(u64::MAX),
-        Some(octets) => {
-            hasher.write_u64(octets.len() as u64);
-            hasher.write(octets);
-        }
+/// Attributes that keys are made of: ip, provider, group, member, target, endpoint.
+const PARTS: usize = 6;
+
+/// In a tag: the attribute is absent.
+const ABSENT: u64 = 1 << 32;
+
+/// How a limit makes a key of a request's hashed attributes: a sum of products with secret factors. The attributes are
+/// outputs of a keyed hash that nobody outside sees, so keys of different attributes meet as seldom as random ones, at the
+/// price of a multiplication each and not of another hash.
+#[derive(Debug, Clone, Copy)]
+struct Mix {
+    base: u128,
+    factors: [u128; PARTS],
+}
+
+impl Mix {
+    fn new(keys: (u64, u64), limit: usize, second: bool, parts: KeyParts) -> Self {
+        let secret = |n: u64| {
+            let mut octets = [0; 24];
+            let numbers = [limit as u64, u64::from(second), n];
+            octets.chunks_mut(8).zip(numbers).for_each(|(to, from)| to.copy_from_slice(&from.to_be_bytes()));
+            SipHasher24::new_with_keys(!keys.0, !keys.1).hash(&octets).as_u128()
+        };
+        // One provider must not spend another's quota by naming its groups.
+        let provider = parts.provider || parts.group || parts.member || parts.target;
+        // A member's hash holds its group already.
+        let used = [parts.ip, provider, parts.group, parts.member, parts.target, parts.endpoint];
+        let mut factors = [0; PARTS];
+        factors.iter_mut().zip(used).zip(1..).for_each(|((factor, used), n)| {
+            if used {
+                // Odd: no two values of an attribute have one product.
+                *factor = secret(n) | 1;
+            }
+        });
+        Self { base: secret(0), factors }
+    }
+
+    #[inline]
+    fn key(&self, parts: &[u128; PARTS]) -> Key {
+        let products = self.factors.iter().zip(parts).map(|(factor, part)| factor.wrapping_mul(*part));
+        Key(products.fold(self.base, u128::wrapping_add))
     }
 }
 

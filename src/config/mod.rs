@@ -403,6 +403,10 @@ impl Resolver<'_> {
                 self.wrong(weight, format!("delivery_service.node[{i}].weight"), "a weight is 1 to 256");
                 continue;
             }
+            if nodes.iter().any(|other: &upstream::NodeSettings| other.address == address) {
+                self.wrong(&node.address, key, format!("another node is at {address}"));
+                continue;
+            }
             nodes.push(upstream::NodeSettings {
                 address,
                 h2c: node.protocol == file::Protocol::H2c,
@@ -460,7 +464,7 @@ impl Resolver<'_> {
                 match Gcra::new(rate.count, rate.period, *burst.get_ref()) {
                     Some(gcra) => TokenUse::TopUp(gcra),
                     None => {
-                        self.wrong(burst, key("token_burst"), "a burst is at least 1");
+                        self.wrong(burst, key("token_burst"), "a burst is at least 1, and comes back within a century");
                         TokenUse::Off
                     }
                 }
@@ -505,7 +509,7 @@ impl Resolver<'_> {
                 ("member", parts.member && !supplies.member),
                 ("target", parts.target && !supplies.target),
             ];
-            for (attribute, _) in lacks.iter().filter(|(_, lacks)| *lacks) {
+            if let Some((attribute, _)) = lacks.iter().find(|(_, lacks)| *lacks) {
                 let message = format!(
                     "{} never says a {attribute}: name the endpoints or operations this limit is for",
                     operation.name
@@ -520,7 +524,7 @@ impl Resolver<'_> {
         }
         let rate = table.rate.get_ref();
         let Some(gcra) = Gcra::new(rate.count, rate.period, *table.burst.get_ref()) else {
-            self.wrong(&table.burst, key("burst"), "a burst is at least 1");
+            self.wrong(&table.burst, key("burst"), "a burst is at least 1, and comes back within a century");
             return None;
         };
         let token = self.token(&table.name, table.token, table.token_rate, table.token_burst.as_ref(), key);

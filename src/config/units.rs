@@ -3,7 +3,7 @@
 use serde::{Deserialize, Deserializer, de};
 use std::time::Duration;
 
-/// "250ms", "10s", "5m", "1h", "1d".
+/// "250ms", "10s", "5m", "1h", "1d"; not zero, and not longer than a year, so that a clock can be set by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Span(pub(super) Duration);
 
@@ -27,14 +27,15 @@ fn number_and_unit(text: &str) -> Option<(u64, &str)> {
 fn span(text: &str) -> Option<Duration> {
     let (number, unit) = number_and_unit(text)?;
     let seconds = |n: u64| number.checked_mul(n).map(Duration::from_secs);
-    match unit {
+    let span = match unit {
         "ms" => Some(Duration::from_millis(number)),
         "s" => seconds(1),
         "m" => seconds(60),
         "h" => seconds(3600),
         "d" => seconds(86400),
         _ => None,
-    }
+    };
+    span.filter(|span| (Duration::from_millis(1)..=Duration::from_secs(366 * 86400)).contains(span))
 }
 
 fn size(text: &str) -> Option<u64> {
@@ -103,7 +104,19 @@ mod tests {
         assert_eq!(span("5m"), Some(Duration::from_secs(300)));
         assert_eq!(size("8MiB"), Some(8 << 20));
         assert_eq!(rate("600/m"), Some(Rate { count: 600, period: Duration::from_secs(60) }));
-        for bad in ["", "s", "5", "5x", "-5s", "5.5s", "99999999999999999999s", "18446744073709551615d"] {
+        for bad in [
+            "",
+            "s",
+            "5",
+            "5x",
+            "-5s",
+            "5.5s",
+            "0s",
+            "0ms",
+            "999999d",
+            "99999999999999999999s",
+            "18446744073709551615d",
+        ] {
             assert_eq!(span(bad), None, "{bad}");
         }
         for bad in ["", "/s", "0/s", "5/x", "5/ms", "5", "5/", "99999999999/s"] {

@@ -30,8 +30,6 @@ pub struct Supplies {
     pub member: bool,
     /// All of them name a target: the user or client they are for.
     pub target: bool,
-    /// All of them name a sending provider.
-    pub provider: bool,
 }
 
 /// What a reader of an endpoint is.

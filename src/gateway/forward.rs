@@ -7,8 +7,7 @@ use crate::upstream::{NodeSettings, Settings};
 use http::{HeaderName, HeaderValue, header};
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_http::RequestHeader;
-use siphasher::sip128::{Hasher128, SipHasher24};
-use std::hash::Hasher;
+use siphasher::sip128::SipHasher24;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -21,9 +20,7 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 /// A hash of a group for choosing its node: the same on every gateway of a fleet, and after a restart. It guards nothing,
 /// so its key is no secret.
 pub(super) fn group_hash(group: &[u8]) -> u128 {
-    let mut hasher = SipHasher24::new_with_keys(0, 0);
-    hasher.write(group);
-    hasher.finish128().as_u128()
+    SipHasher24::new_with_keys(0, 0).hash(group).as_u128()
 }
 
 /// A body on its way: what has passed, and until when.

@@ -241,9 +241,12 @@ impl Gateway {
         if endpoint.reader.is_none() {
             let operation = endpoint.operations.first().copied().ok_or(Refusal::Internal)?;
             ctx.operation = Some(operation.name);
+            // No body names a sender; a certificate does, by the first of its names.
+            ctx.provider = connection.identity.as_ref().and_then(|identity| identity.dns_names.first().cloned());
+            let provider = ctx.provider.clone();
             let subject = Subject {
                 ip: connection.client.ip(),
-                provider: None,
+                provider: provider.as_deref(),
                 operation,
                 group: None,
                 member: None,

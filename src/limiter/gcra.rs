@@ -26,11 +26,13 @@ pub enum TooMany {
 }
 
 impl Gcra {
-    /// `rate` cells in `period`, `burst` at once. None where a cell would take no time or more than a year.
+    /// `rate` cells in `period`, `burst` at once. None where a cell would take no time, there is no burst, or a burst takes
+    /// more than a century to come back: beyond that the clock's 64 bits would saturate, and a saturated limit is none.
     pub fn new(rate: u32, period: Duration, burst: u32) -> Option<Self> {
-        let cell = period.as_nanos().checked_div(u128::from(rate))?;
-        let cell = u64::try_from(cell).ok().filter(|cell| (1..=366 * 86_400 * 1_000_000_000).contains(cell))?;
-        (burst > 0).then_some(Self { cell, burst })
+        const CENTURY: u128 = 100 * 366 * 86_400 * 1_000_000_000;
+        let cell = period.as_nanos().checked_div(u128::from(rate)).filter(|cell| *cell > 0)?;
+        let fits = burst > 0 && cell.checked_mul(u128::from(burst)).is_some_and(|window| window <= CENTURY);
+        fits.then_some(Self { cell: u64::try_from(cell).ok()?, burst })
     }
 
     /// Cells that may be taken at once.
@@ -104,5 +106,6 @@ mod tests {
         assert!(Gcra::new(0, Duration::from_secs(1), 1).is_none());
         assert!(Gcra::new(1, Duration::from_secs(1), 0).is_none());
         assert!(Gcra::new(u32::MAX, Duration::from_nanos(1), 1).is_none());
+        assert!(Gcra::new(1, Duration::from_secs(86_400), u32::MAX).is_none(), "it would let everything through");
     }
 }

@@ -19,9 +19,12 @@ type Place = [u64; 3];
 const PLACES: usize = 8;
 const SHARDS: usize = 1024;
 
+/// The buckets behind one lock.
+type Shard = Box<[[Place; PLACES]]>;
+
 /// The in-memory [`Store`].
 pub struct Memory {
-    shards: Box<[Mutex<Box<[[Place; PLACES]]>>]>,
+    shards: Box<[Mutex<Shard>]>,
     /// Theoretical arrival times of the overflow buckets, one a limit.
     overflow: Mutex<Box<[u64]>>,
     buckets: u64,
@@ -40,7 +43,7 @@ enum Slot {
     Overflow(usize),
 }
 
-type Guards<'a> = SmallVec<[(usize, MutexGuard<'a, Box<[[Place; PLACES]]>>); 8]>;
+type Guards<'a> = SmallVec<[(usize, MutexGuard<'a, Shard>); 8]>;
 
 impl Memory {
     /// A table of at most `budget` octets, and `overflow` overflow buckets beside it. `overflowed` counts decisions that
@@ -83,7 +86,7 @@ impl Memory {
     fn find(&self, guards: &Guards<'_>, key: Key, now: u64, overflow: usize) -> (Slot, u64) {
         let shard = Self::shard_of(key);
         // The shard is taken from the low bits, the bucket from the high ones: neither says anything of the other.
-        let bucket = (u128::from((key.0 >> 64) as u64) * u128::from(self.buckets) >> 64) as usize;
+        let bucket = (((key.0 >> 64) * u128::from(self.buckets)) >> 64) as usize;
         let (high, low) = ((key.0 >> 64) as u64, key.0 as u64);
         let mut free = None;
         let places = guards.iter().find(|(i, _)| *i == shard).and_then(|(_, table)| table.get(bucket));

@@ -255,7 +255,7 @@ async fn memory_does_not_grow_with_bodies() {
     let gateway = Gateway::start(Setup { timeouts: "", ..Setup::of(&ds) }).await;
     let body = bytes::Bytes::from(large_message(7 << 20));
     let send = |n: usize| {
-        let client = if n % 2 == 0 { gateway.peer().http1() } else { gateway.peer().http2() };
+        let client = if n.is_multiple_of(2) { gateway.peer().http1() } else { gateway.peer().http2() };
         let body = body.clone();
         async move {
             let upload = client.begin(Method::POST, "/group_operation", &[], Some(body.len() as u64)).await.unwrap();

@@ -272,3 +272,50 @@ async fn an_upgrade_opens_no_tunnel() {
     assert!(!answer.starts_with("HTTP/1.1 101"), "{answer}");
     assert!(ds.requests().iter().all(|r| !r.headers.contains_key("upgrade")));
 }
+
+#[tokio::test]
+async fn expect_100_continue() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    let body = send_message();
+    let expect = |more: &str| head(&format!("Content-Length: {}\r\nExpect: 100-continue\r\n{more}", body.len()));
+    let mut stream = raw_tls(gateway.addr, "ds.b.example", &ca().pem(), &["http/1.1"], None).await.unwrap();
+    stream.write_all(expect("Connection: close\r\n").as_bytes()).await.unwrap();
+    let mut answer = vec![0; 25];
+    stream.read_exact(&mut answer).await.unwrap();
+    assert_eq!(answer, b"HTTP/1.1 100 Continue\r\n\r\n");
+    stream.write_all(&body).await.unwrap();
+    let mut answer = vec![];
+    stream.read_to_end(&mut answer).await.unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
+    assert!(!ds.requests()[0].headers.contains_key("expect"), "it was for us");
+    // Who is told to go on and does not is still told that it was too slow.
+    for sent in [0, 20, 60] {
+        let answer = raw(&gateway, &[expect("").as_bytes(), &body[..sent]]).await;
+        let (go_on, refusal) = answer.split_once("\r\n\r\n").unwrap();
+        assert_eq!(go_on, "HTTP/1.1 100 Continue");
+        is(refusal, 408);
+    }
+    // Who is refused before the body is wanted is not told to go on.
+    let elsewhere = expect("").replace("ds.b.example", "c.example");
+    is(&raw(&gateway, &[elsewhere.as_bytes()]).await, 421);
+    assert_eq!(ds.complete(), 1);
+}
+
+#[tokio::test]
+async fn a_connection_goes_on_after_refusals() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    let client = gateway.peer().http1();
+    let mut wrong = send_message();
+    wrong[1] = 9;
+    for _ in 0..5 {
+        assert_eq!(client.send(Method::POST, "/group_operation", wrong.clone()).await.unwrap().status, 400);
+        assert_eq!(client.send(Method::POST, "/group_operation", send_message()).await.unwrap().status, 200);
+        assert_eq!(client.send(Method::GET, "/.well-known/mimi/ds-domain", "").await.unwrap().status, 200);
+        // Longer than a read: the clock of the next head must not be that of the last.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    assert_eq!(client.connections(), 1);
+    assert_eq!(ds.complete(), 5);
+}

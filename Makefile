@@ -1,0 +1,43 @@
+# Two commands are the whole set-up: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+CARGO ?= cargo
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: help setup build release demo test lint bench fuzz clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: ## What the build needs beside a Rust toolchain, gcc, make and git (cmake, by apt)
+	@command -v cmake >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -yq cmake; }
+	@$(CARGO) fmt --version >/dev/null 2>&1 || rustup component add rustfmt
+	@$(CARGO) clippy --version >/dev/null 2>&1 || rustup component add clippy
+
+build: setup ## A debug build
+	$(CARGO) build --locked
+
+release: setup ## The program as it is deployed: target/release/moh-gateway (about 4 minutes on 2 cores)
+	$(CARGO) build --locked --release
+
+demo: setup ## A federation in small: Delivery Service, issuer, gateway, MLS clients; KEEP=1 leaves it running
+	$(CARGO) build --locked --bin moh-gateway --example demo
+	target/debug/examples/demo $(if $(KEEP),--keep)
+
+lint: setup ## Formatting and clippy
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+test: lint ## Formatting, clippy, and all tests; MOH_VECTORS=DIR has the shared vectors read, too
+	$(CARGO) test --locked --lib --bins --tests
+	$(CARGO) test --locked --benches --quiet -- --test
+
+bench: setup ## The benchmarks (criterion): target/criterion/report/index.html
+	$(CARGO) bench --locked
+
+fuzz: setup ## The reader, for SECONDS (60) with cargo-fuzz on a nightly toolchain
+	@command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz
+	$(CARGO) +nightly fuzz run reader -- -max_total_time=$(or $(SECONDS),60) -max_len=4096
+
+clean: ## Everything built
+	$(CARGO) clean

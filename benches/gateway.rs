@@ -1,0 +1,151 @@
+//! What a request costs inside the gateway: reading each kind, a decision with five limits, a challenge, a redemption.
+//! Bars (issue 2): `read/send_message` under 150 ns, without allocation (tests/no_allocation.rs holds the second).
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, missing_docs)]
+
+#[path = "../tests/support/encode.rs"]
+mod encode;
+#[path = "../tests/support/tokens.rs"]
+mod tokens;
+
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use encode::SenderId;
+use http::{HeaderMap, HeaderValue, header};
+use moh_gateway::admission::{Admission, KeyParts, Limit, Policy, Subject, TokenUse};
+use moh_gateway::dialect::moh::endpoint_by_path;
+use moh_gateway::limiter::gcra::Gcra;
+use moh_gateway::limiter::memory::Memory;
+use moh_gateway::privacypass::{Challenges, Issuer, Origin};
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::Duration;
+
+const GROUP: &[u8] = b"a group ID of 32 octets, as usual";
+
+fn mls(wire_format: u8) -> Vec<u8> {
+    let mut octets = vec![0, 1, 0, wire_format];
+    octets.extend(encode::vector(GROUP));
+    octets.extend([0; 8]);
+    octets.extend([1, 0, 0, 0, 7]);
+    octets.extend([0; 900]);
+    octets
+}
+
+fn requests() -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    let (a, b) = ("a.example", "b.example");
+    let leaf = SenderId::Leaf(7);
+    let hash = SenderId::UserKeyHash(vec![9; 32]);
+    let ids: Vec<&[u8]> = vec![b"client of a user, 32 octets long."; 10];
+    vec![
+        ("send_message", "/group_operation", encode::ds_request(a, b, &leaf, encode::SEND_MESSAGE, &mls(2), &[0; 64])),
+        (
+            "update_client",
+            "/group_operation",
+            encode::ds_request(a, b, &leaf, encode::UPDATE_CLIENT, &mls(1), &[0; 64]),
+        ),
+        (
+            "welcome_info",
+            "/welcome_information",
+            encode::ds_request(a, b, &hash, encode::WELCOME_INFO, &encode::vector(GROUP), &[0; 64]),
+        ),
+        ("verification_key", "/verification_key", encode::verification_key_request(a, b)),
+        ("connection_request", "/connection_request", encode::queueing_request(a, b, &[5; 40], &mls(3))),
+        ("deliver_message", "/deliver_message", encode::queueing_request(a, b, &[5; 40], &mls(2))),
+        (
+            "connection_key_packages",
+            "/connection_key_packages",
+            encode::connection_key_package_request(a, b, b"im:bob@b.example"),
+        ),
+        ("group_key_packages of 10", "/group_key_packages", encode::group_key_package_request(a, b, GROUP, &ids)),
+    ]
+}
+
+fn read(c: &mut Criterion) {
+    let mut group = c.benchmark_group("read");
+    for (name, path, body) in requests() {
+        let endpoint = endpoint_by_path(path).unwrap();
+        assert!(endpoint.read(&body).is_ok(), "{name}");
+        group.bench_function(name, |b| b.iter(|| endpoint.read(black_box(&body)).is_ok()));
+    }
+    group.finish();
+}
+
+fn decide(c: &mut Criterion) {
+    let part = |set: fn(&mut KeyParts)| {
+        let mut parts = KeyParts::default();
+        set(&mut parts);
+        parts
+    };
+    let keys = [
+        part(|k| k.ip = true),
+        part(|k| k.provider = true),
+        part(|k| k.group = true),
+        part(|k| k.member = true),
+        part(|k| {
+            k.ip = true;
+            k.endpoint = true;
+        }),
+    ];
+    let limits = keys
+        .iter()
+        .enumerate()
+        .map(|(i, key)| Limit {
+            name: format!("limit-{i}"),
+            covers: u128::MAX,
+            key: *key,
+            gcra: Gcra::new(1_000_000_000, Duration::from_secs(1), u32::MAX).unwrap(),
+            enforce: true,
+            token: TokenUse::Off,
+        })
+        .collect();
+    let policy = Policy { limits, endpoint_tokens: vec![], ipv6_prefix: 64 };
+    let overflowed = prometheus::IntCounter::new("overflowed", "overflowed").unwrap();
+    let store = Memory::new(64 << 20, policy.overflow_buckets(), overflowed);
+    let admission = Admission::new(policy, Arc::new(store), [7; 16], vec![]);
+    let (_, path, body) = requests().remove(0);
+    let envelope = endpoint_by_path(path).unwrap().read(&body).unwrap();
+    let subject = Subject {
+        ip: "2001:db8::1".parse().unwrap(),
+        provider: Some("a.example"),
+        operation: envelope.operation,
+        group: envelope.group_id,
+        member: envelope.member,
+        target: None,
+        cost: 1,
+    };
+    let mut group = c.benchmark_group("decide");
+    group.bench_function("five limits, the same keys", |b| {
+        b.iter(|| admission.decide(black_box(&subject), false, true));
+    });
+    let mut n = 0u64;
+    group.bench_function("five limits, a new group each time", |b| {
+        b.iter(|| {
+            n += 1;
+            let group = n.to_be_bytes();
+            admission.decide(black_box(&Subject { group: Some(&group), ..subject }), false, true)
+        });
+    });
+    group.finish();
+}
+
+fn tokens(c: &mut Criterion) {
+    let issuer = tokens::Issuer::generate("issuer.example");
+    let ours = Issuer::new("issuer.example".into(), issuer.token_key()).unwrap();
+    let challenges = Challenges::new("ds.b.example".into(), Duration::from_secs(3600), &[7; 32], vec![ours]);
+    let origin = Origin::new(challenges, 1_000_000);
+    let headers: HeaderMap = [(header::WWW_AUTHENTICATE, origin.challenge().unwrap())].into_iter().collect();
+    let challenge = tokens::challenges(&headers).remove(0);
+    let token = issuer.token(&challenge).unwrap();
+    let value = HeaderValue::from_str(&tokens::authorization(&token)).unwrap();
+    let headers: HeaderMap = [(header::AUTHORIZATION, value)].into_iter().collect();
+
+    let mut group = c.benchmark_group("privacy pass");
+    group.bench_function("challenge", |b| b.iter(|| origin.challenge()));
+    // The reservation is dropped, so that the same token can be taken again.
+    group.bench_function("redemption, type 2", |b| {
+        b.iter_batched(|| (), |()| drop(origin.redeem(black_box(&headers)).unwrap()), BatchSize::SmallInput);
+    });
+    group.finish();
+}
+
+criterion_group!(benches, read, decide, tokens);
+criterion_main!(benches);

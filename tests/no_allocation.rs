@@ -1,0 +1,61 @@
+//! What the path of a request must not do: allocate, where it reads `send_message` and where it asks its limits.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, missing_docs)]
+
+#[path = "support/encode.rs"]
+mod encode;
+
+use moh_gateway::admission::{Admission, Decision, KeyParts, Limit, Policy, Subject, TokenUse};
+use moh_gateway::dialect::moh::endpoint_by_path;
+use moh_gateway::limiter::gcra::Gcra;
+use moh_gateway::limiter::memory::Memory;
+use std::sync::Arc;
+use std::time::Duration;
+
+fn send_message() -> Vec<u8> {
+    let message = [&[0, 1, 0, 2][..], &encode::vector(b"group"), &[0; 40]].concat();
+    encode::ds_request("a.example", "b.example", &encode::SenderId::Leaf(7), encode::SEND_MESSAGE, &message, b"s")
+}
+
+#[test]
+fn reading_a_message_allocates_nothing() {
+    let body = send_message();
+    let endpoint = endpoint_by_path("/group_operation").unwrap();
+    let counted = allocation_counter::measure(|| {
+        assert!(endpoint.read(&body).is_ok());
+        assert!(endpoint.read(&body[..20]).is_err());
+    });
+    assert_eq!(counted.count_total, 0);
+}
+
+#[test]
+fn a_decision_with_five_limits_allocates_nothing() {
+    let all = KeyParts { ip: true, provider: true, group: true, member: true, target: true, endpoint: true };
+    let gcra = Gcra::new(1, Duration::from_secs(1), 100).unwrap();
+    let limit = |name: usize| Limit {
+        name: name.to_string(),
+        covers: u128::MAX,
+        key: all,
+        gcra,
+        enforce: true,
+        token: TokenUse::Off,
+    };
+    let policy = Policy { limits: (0..5).map(limit).collect(), endpoint_tokens: vec![], ipv6_prefix: 64 };
+    let overflowed = prometheus::IntCounter::new("o", "o").unwrap();
+    let store = Memory::new(1 << 20, policy.overflow_buckets(), overflowed);
+    let admission = Admission::new(policy, Arc::new(store), [1; 16], vec![]);
+    let body = send_message();
+    let envelope = endpoint_by_path("/group_operation").unwrap().read(&body).unwrap();
+    let subject = Subject {
+        ip: "192.0.2.1".parse().unwrap(),
+        provider: Some("a.example"),
+        operation: envelope.operation,
+        group: envelope.group_id,
+        member: envelope.member,
+        target: None,
+        cost: 1,
+    };
+    let counted = allocation_counter::measure(|| {
+        assert_eq!(admission.decide(&subject, false, true), Decision::Pass { topped_up: false });
+    });
+    assert_eq!(counted.count_total, 0);
+}
