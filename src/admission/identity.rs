@@ -13,7 +13,8 @@ pub struct PeerIdentity {
 /// Which providers may send.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Peers {
-    /// Names and `*.` patterns, in lower case. None: everyone.
+    /// Names and `*.` patterns, in lower case. None: everyone. A list is for names that a certificate binds: who only
+    /// says that it is one of them is not.
     pub allow: Option<Vec<String>>,
     /// Providers with a label of their own in metrics, in lower case.
     pub named: Vec<String>,
@@ -28,8 +29,9 @@ impl PeerIdentity {
 
 impl Peers {
     /// Whether a provider may send.
-    pub fn allowed(&self, name: &ProviderName<'_>) -> bool {
-        self.allow.as_ref().is_none_or(|patterns| patterns.iter().any(|pattern| name.matches(pattern)))
+    pub fn allowed(&self, name: &ProviderName<'_>, authenticated: bool) -> bool {
+        let listed = |patterns: &Vec<String>| patterns.iter().any(|pattern| name.matches(pattern));
+        self.allow.as_ref().is_none_or(|patterns| authenticated && listed(patterns))
     }
 }
 
@@ -48,7 +50,7 @@ pub fn bind_sender(
         Some(_) => Some(sender.to_string()),
         None => None,
     };
-    if peers.allowed(sender) { Ok(authenticated) } else { Err(Refusal::PeerNotAllowed) }
+    if peers.allowed(sender, authenticated.is_some()) { Ok(authenticated) } else { Err(Refusal::PeerNotAllowed) }
 }
 
 #[cfg(test)]
@@ -75,10 +77,13 @@ mod tests {
     #[test]
     fn a_list_of_peers_is_a_list() {
         let peers = Peers { allow: Some(vec!["a.example".into(), "*.c.example".into()]), named: vec![] };
-        assert_eq!(bind_sender(&name("a.example"), None, &peers), Ok(None));
-        assert_eq!(bind_sender(&name("x.c.example"), None, &peers), Ok(None));
-        assert_eq!(bind_sender(&name("c.example"), None, &peers), Err(Refusal::PeerNotAllowed));
+        let certified = |name: &str| PeerIdentity { dns_names: vec![name.to_owned()] };
+        let ask = |sender, peers| bind_sender(&name(sender), Some(&certified(sender)), peers);
+        assert_eq!(ask("a.example", &peers), Ok(Some("a.example".into())));
+        assert_eq!(ask("x.c.example", &peers), Ok(Some("x.c.example".into())));
+        assert_eq!(ask("c.example", &peers), Err(Refusal::PeerNotAllowed));
+        assert_eq!(bind_sender(&name("a.example"), None, &peers), Err(Refusal::PeerNotAllowed), "who only says so");
         let nobody = Peers { allow: Some(vec![]), named: vec![] };
-        assert_eq!(bind_sender(&name("a.example"), None, &nobody), Err(Refusal::PeerNotAllowed));
+        assert_eq!(ask("a.example", &nobody), Err(Refusal::PeerNotAllowed));
     }
 }

@@ -120,6 +120,10 @@ async fn senders_are_bound_to_their_certificates() {
             "peer-not-allowed",
         );
     }
+    for client in both(|| gateway.stranger()) {
+        let response = client.send(Method::GET, "/verification_key", request("a.example")).await.unwrap();
+        is_problem(&response, 403, "peer-not-allowed");
+    }
     let several = ca().issue(&["x.d.example", "a.example"]);
     for client in both(|| gateway.stranger().identity(&several)) {
         for (sender, status) in [("x.d.example", 200), ("a.example", 200), ("y.d.example", 403)] {
