@@ -55,25 +55,32 @@ impl std::fmt::Debug for Nodes {
     }
 }
 
-/// A bit for each node a request has been to: those beyond the 64th are tried without memory.
+/// Nodes there may be at most.
+pub const MAX_NODES: usize = 256;
+
+/// A bit for each node a request has been to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Tried(u64);
+pub struct Tried([u64; MAX_NODES / 64]);
 
 impl Tried {
     fn has(self, node: usize) -> bool {
-        node < 64 && self.0 >> node & 1 == 1
+        self.0.get(node / 64).is_none_or(|bits| bits >> (node % 64) & 1 == 1)
     }
 
     /// Notes that a request has been to a node.
     pub fn note(&mut self, node: usize) {
-        if node < 64 {
-            self.0 |= 1 << node;
+        if let Some(bits) = self.0.get_mut(node / 64) {
+            *bits |= 1 << (node % 64);
         }
     }
 
     /// Whether it has been to any.
     pub fn any(self) -> bool {
-        self.0 != 0
+        self.count() > 0
+    }
+
+    fn count(self) -> usize {
+        self.0.iter().map(|bits| bits.count_ones() as usize).sum()
     }
 }
 
@@ -100,10 +107,10 @@ impl Nodes {
         let fit = |node: &usize| !tried.has(*node) && !self.is_out(*node, now);
         let index = |address: &SocketAddr| nodes.iter().position(|n| n.address == *address);
         let chosen = match group {
-            // A ring has many points; beyond so many of them, every node has been seen.
+            // A ring has many points of each node; once every node has been seen, there is none.
             Some(hash) if self.settings.by_group && nodes.len() > 1 => {
                 let mut point = self.ring.node_idx(&hash.to_be_bytes());
-                let mut walk = std::iter::from_fn(|| self.ring.get_addr(&mut point)).take(160 * 256 * nodes.len());
+                let mut walk = std::iter::from_fn(|| self.ring.get_addr(&mut point));
                 let mut seen = Tried::default();
                 loop {
                     let Some(node) = walk.next().and_then(index) else { break None };
@@ -111,7 +118,7 @@ impl Nodes {
                         break Some(node);
                     }
                     seen.note(node);
-                    if (0..nodes.len().min(64)).all(|node| seen.has(node)) {
+                    if seen.count() >= nodes.len() {
                         break None;
                     }
                 }
@@ -206,6 +213,15 @@ mod tests {
             let later = Instant::now() + Duration::from_secs(2);
             assert!(nodes.choose_at(later, Some(7), Tried::default()).is_some());
         }
+    }
+
+    #[test]
+    fn many_nodes_are_all_of_them_nodes() {
+        let nodes = nodes(200, true);
+        (0..199).for_each(|node| nodes.eject(node));
+        assert_eq!(nodes.choose(Some(7), Tried::default()).unwrap().0, 199, "the only one left");
+        nodes.eject(199);
+        assert_eq!(nodes.choose(Some(7), Tried::default()), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ mod identity;
 
 pub use identity::{PeerIdentity, Peers, bind_sender};
 
-use crate::dialect::{Member, Operation};
+use crate::dialect::{self, Member, Operation};
 use crate::limiter::{Check, Key, Outcome, Outcomes, Store, TopUp, gcra::Gcra};
 use crate::problem::Violated;
 use siphasher::sip128::{SipHasher13, SipHasher24};
@@ -118,6 +118,9 @@ pub enum Decision {
     },
 }
 
+/// What each limit that was asked said: by its place in the policy.
+pub type Tally = SmallVec<[(usize, Outcome); 12]>;
+
 /// How often a limit said what.
 #[derive(Debug, Clone)]
 pub struct LimitCounters {
@@ -151,9 +154,10 @@ impl std::fmt::Debug for Admission {
 // === impl Policy ===
 
 impl Policy {
-    /// Overflow buckets a store needs: one for each limit, and one for each second limit.
+    /// Overflow buckets a store needs: one for each limit, and one for each second limit it may have: its own, or an
+    /// endpoint's.
     pub fn overflow_buckets(&self) -> usize {
-        self.limits.len() * 2
+        self.limits.len() * OVERFLOWS
     }
 
     /// What a token does for `limit` at `operation`: as the limit says, else as the endpoint does.
@@ -172,7 +176,7 @@ impl Policy {
     /// Whether there is no request of this operation without a token.
     pub fn token_required(&self, operation: &Operation) -> bool {
         self.endpoint_token(operation) == TokenUse::Required
-            || self.limits.iter().any(|l| l.token == TokenUse::Required && l.covers(operation))
+            || self.limits.iter().any(|l| l.token == TokenUse::Required && l.enforce && l.covers(operation))
     }
 
     /// Whether a token may ever do anything.
@@ -218,13 +222,14 @@ impl Admission {
     }
 
     /// Asks all limits that cover a request together. `token`: one was brought and is good, so where a limit refuses, its
-    /// second limit is asked. `charge`: take the cells, if all pass.
-    pub fn decide(&self, subject: &Subject<'_>, token: bool, charge: bool) -> Decision {
+    /// second limit is asked. `charge`: take the cells, if all pass. The tally is for [`Admission::account`], once for a
+    /// request, however often it was asked about.
+    pub fn decide(&self, subject: &Subject<'_>, token: bool, charge: bool) -> (Decision, Tally) {
         let now = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1);
         self.decide_at(now, subject, token, charge)
     }
 
-    fn decide_at(&self, now: u64, subject: &Subject<'_>, token: bool, charge: bool) -> Decision {
+    fn decide_at(&self, now: u64, subject: &Subject<'_>, token: bool, charge: bool) -> (Decision, Tally) {
         let mut checks: SmallVec<[Check; 12]> = SmallVec::new();
         let mut asked: SmallVec<[(usize, TokenUse); 12]> = SmallVec::new();
         let parts = self.parts(subject);
@@ -234,7 +239,12 @@ impl Admission {
             }
             let token_use = self.policy.token_use(limit, subject.operation);
             let top_up = match token_use {
-                TokenUse::TopUp(gcra) if token => Some(TopUp { key: second.key(&parts), gcra, overflow: 2 * i + 1 }),
+                TokenUse::TopUp(gcra) if token => {
+                    // An endpoint's second limit is the endpoint's alone: others have other rates.
+                    let endpoint = if limit.token == TokenUse::Off { 1 + endpoint_place(subject.operation) } else { 0 };
+                    let key = second.key(&parts).0.wrapping_add(second.secret.wrapping_mul(endpoint as u128));
+                    Some(TopUp { key: Key(key), gcra, overflow: OVERFLOWS * i + 1 + endpoint })
+                }
                 _ => None,
             };
             checks.push(Check {
@@ -242,57 +252,51 @@ impl Admission {
                 gcra: limit.gcra,
                 cost: subject.cost,
                 enforce: limit.enforce,
-                overflow: 2 * i,
+                overflow: OVERFLOWS * i,
                 top_up,
             });
             asked.push((i, token_use));
         }
         let mut outcomes = Outcomes::new();
         let pass = checks.is_empty() || self.store.decide(now, &checks, charge, &mut outcomes);
-
-        let mut topped_up = false;
+        let tally: Tally = asked.iter().map(|(i, _)| *i).zip(outcomes.iter().copied()).collect();
+        if pass {
+            let topped_up = outcomes.contains(&Outcome::ToppedUp);
+            return (Decision::Pass { topped_up }, tally);
+        }
         let mut token_helps = true;
         let mut violated = Vec::new();
         for ((i, token_use), outcome) in asked.iter().zip(&outcomes) {
-            let (Some(limit), counters) = (self.policy.limits.get(*i), self.counters.get(*i)) else { continue };
-            match outcome {
-                Outcome::Allowed => {
-                    if charge
-                        && pass
-                        && let Some(counters) = counters
-                    {
-                        counters.allowed.inc();
-                    }
-                }
-                Outcome::ToppedUp => {
-                    topped_up = true;
-                    if charge
-                        && pass
-                        && let Some(counters) = counters
-                    {
-                        counters.topped_up.inc();
-                    }
-                }
-                Outcome::Refused(wait) => {
-                    // A refusal that is only asked about is not one yet; a shadow's is counted once, when it is charged.
-                    if (charge || !pass)
-                        && let Some(counters) = counters
-                    {
-                        counters.refused.inc();
-                    }
-                    if limit.enforce {
-                        token_helps &= matches!(token_use, TokenUse::TopUp(_));
-                        violated.push(Violated {
-                            policy: limit.name.clone(),
-                            burst: u64::from(limit.gcra.burst()),
-                            window: crate::problem::seconds_up(limit.gcra.window()),
-                            retry_after: *wait,
-                        });
-                    }
-                }
+            let (Some(limit), Outcome::Refused(wait)) = (self.policy.limits.get(*i), outcome) else { continue };
+            if limit.enforce {
+                token_helps &= matches!(token_use, TokenUse::TopUp(_));
+                violated.push(Violated {
+                    policy: limit.name.clone(),
+                    burst: u64::from(limit.gcra.burst()),
+                    window: crate::problem::seconds_up(limit.gcra.window()),
+                    retry_after: *wait,
+                });
             }
         }
-        if pass { Decision::Pass { topped_up } } else { Decision::Refuse { violated, token_helps } }
+        (Decision::Refuse { violated, token_helps }, tally)
+    }
+
+    /// Counts what the limits said of a request: refusals always, the rest only of requests that none refused.
+    pub fn account(&self, tally: &Tally) {
+        let enforces = |i: usize| self.policy.limits.get(i).is_some_and(|limit| limit.enforce);
+        let refused = tally.iter().any(|(i, outcome)| matches!(outcome, Outcome::Refused(_)) && enforces(*i));
+        for (i, outcome) in tally {
+            let Some(counters) = self.counters.get(*i) else { continue };
+            match outcome {
+                Outcome::Refused(_) => counters.refused.inc(),
+                Outcome::Allowed if !refused => counters.allowed.inc(),
+                Outcome::ToppedUp if !refused => {
+                    counters.refused.inc();
+                    counters.topped_up.inc();
+                }
+                Outcome::Allowed | Outcome::ToppedUp => {}
+            }
+        }
     }
 
     /// The attributes of a request that any limit asks for, hashed once for all limits.
@@ -369,6 +373,17 @@ const PARTS: usize = 6;
 /// In a tag: the attribute is absent.
 const ABSENT: u64 = 1 << 32;
 
+/// Endpoints there may be at most, for overflow buckets of their own.
+const ENDPOINTS: usize = 32;
+
+/// Overflow buckets of a limit: its own, its second limit's, and each endpoint's second limit's.
+const OVERFLOWS: usize = 2 + ENDPOINTS;
+
+/// The place of an operation's endpoint among all of them.
+fn endpoint_place(operation: &Operation) -> usize {
+    dialect::endpoints().position(|endpoint| endpoint.name == operation.endpoint).unwrap_or(ENDPOINTS - 1)
+}
+
 /// How a limit makes a key of a request's hashed attributes: a sum of products with secret factors. The attributes are
 /// outputs of a keyed hash that nobody outside sees, so keys of different attributes meet as seldom as random ones, at the
 /// price of a multiplication each and not of another hash.
@@ -376,6 +391,8 @@ const ABSENT: u64 = 1 << 32;
 struct Mix {
     base: u128,
     factors: [u128; PARTS],
+    /// For what is not an attribute.
+    secret: u128,
 }
 
 impl Mix {
@@ -397,7 +414,7 @@ impl Mix {
                 *factor = secret(n) | 1;
             }
         });
-        Self { base: secret(0), factors }
+        Self { base: secret(0), factors, secret: secret(1 + PARTS as u64) | 1 }
     }
 
     #[inline]
@@ -410,7 +427,6 @@ impl Mix {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dialect;
     use crate::limiter::memory::Memory;
     use std::time::Duration;
 
@@ -445,7 +461,7 @@ mod tests {
     const NOW: u64 = 1_000_000_000;
 
     fn passes(admission: &Admission, subject: &Subject<'_>) -> bool {
-        matches!(admission.decide_at(NOW, subject, false, true), Decision::Pass { .. })
+        matches!(admission.decide_at(NOW, subject, false, true).0, Decision::Pass { .. })
     }
 
     #[test]
@@ -503,7 +519,7 @@ mod tests {
         let parts = KeyParts { ip: true, ..KeyParts::default() };
         let admission = admission(vec![limit("ip", parts, 5)]);
         let base = subject("192.0.2.1", None, b"g", 1);
-        let Decision::Refuse { violated, .. } = admission.decide_at(NOW, &Subject { cost: 6, ..base }, false, true)
+        let Decision::Refuse { violated, .. } = admission.decide_at(NOW, &Subject { cost: 6, ..base }, false, true).0
         else {
             panic!("six cells of five");
         };
@@ -520,16 +536,44 @@ mod tests {
         let top_up = Limit { token: TokenUse::TopUp(second), ..limit("group", group, 1) };
         let admission = admission(vec![limit("ip", ip, 3), top_up]);
         let request = subject("192.0.2.1", None, b"g", 1);
-        let ask = |token| admission.decide_at(NOW, &request, token, true);
+        let ask = |token| admission.decide_at(NOW, &request, token, true).0;
         assert_eq!(ask(false), Decision::Pass { topped_up: false });
         assert!(matches!(ask(false), Decision::Refuse { token_helps: true, .. }));
         assert_eq!(ask(true), Decision::Pass { topped_up: true });
         assert!(matches!(ask(true), Decision::Refuse { token_helps: true, .. }), "the second limit is one, too");
-        let Decision::Pass { .. } = admission.decide_at(NOW, &subject("192.0.2.1", None, b"h", 1), false, true) else {
+        let Decision::Pass { .. } = admission.decide_at(NOW, &subject("192.0.2.1", None, b"h", 1), false, true).0
+        else {
             panic!("the third of three from this source");
         };
         let Decision::Refuse { violated, token_helps } = ask(false) else { panic!("both are exceeded") };
         assert_eq!(violated.len(), 2);
         assert!(!token_helps);
+    }
+
+    #[test]
+    fn endpoints_have_second_limits_of_their_own() {
+        let generous = TokenUse::TopUp(Gcra::new(1, Duration::from_secs(10), 100).unwrap());
+        let strict = TokenUse::TopUp(Gcra::new(1, Duration::from_secs(10), 1).unwrap());
+        let policy = Policy {
+            limits: vec![limit("ip", KeyParts { ip: true, ..KeyParts::default() }, 1)],
+            endpoint_tokens: vec![(operation("send_message").id, generous), (operation("verification_key").id, strict)],
+            ipv6_prefix: 64,
+        };
+        let store = Memory::new(1 << 20, policy.overflow_buckets(), prometheus::IntCounter::new("o", "o").unwrap());
+        let admission = Admission::new(policy, Arc::new(store), [7; 16], vec![]);
+        let message = subject("192.0.2.1", None, b"g", 1);
+        let key = Subject { operation: operation("verification_key"), group: None, member: None, ..message };
+        let pass = |subject| matches!(admission.decide_at(NOW, subject, true, true).0, Decision::Pass { .. });
+        assert!((0..20).all(|_| pass(&message)));
+        assert!(pass(&key));
+        assert!(!pass(&key));
+        assert!((0..20).all(|_| pass(&message)), "what one endpoint's second limit let in is not another's");
+    }
+
+    #[test]
+    fn a_shadow_requires_no_token() {
+        let shadow = Limit { enforce: false, token: TokenUse::Required, ..limit("s", KeyParts::default(), 1) };
+        let policy = Policy { limits: vec![shadow], endpoint_tokens: vec![], ipv6_prefix: 64 };
+        assert!(!policy.token_required(operation("send_message")));
     }
 }

@@ -200,17 +200,11 @@ pub(super) struct Limit {
     pub(super) token_burst: Option<Spanned<u32>>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Debug, Deserialize, Default)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Limits {
-    pub(super) memory: Size,
+    pub(super) memory: Option<Spanned<Size>>,
     pub(super) ipv6_prefix: Option<Spanned<u8>>,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self { memory: Size(64 << 20), ipv6_prefix: None }
-    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -220,13 +214,8 @@ pub(super) struct PrivacyPass {
     #[serde(default = "seconds::<3600>")]
     pub(super) epoch: Span,
     pub(super) secret_file: Option<Spanned<PathBuf>>,
-    #[serde(default = "a_million")]
-    pub(super) spent_tokens: usize,
+    pub(super) spent_tokens: Option<Spanned<usize>>,
     pub(super) issuer: Spanned<Vec<Issuer>>,
-}
-
-fn a_million() -> usize {
-    1_000_000
 }
 
 #[derive(Debug, Deserialize)]
@@ -258,6 +247,5 @@ impl Default for AccessLog {
 #[derive(Debug, Deserialize, Default)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Runtime {
-    #[serde(default)]
-    pub(super) threads: usize,
+    pub(super) threads: Option<Spanned<usize>>,
 }

@@ -257,8 +257,12 @@ impl Resolver<'_> {
             endpoint_tokens: vec![],
             ipv6_prefix: file.limits.ipv6_prefix.as_ref().map_or(64, |prefix| *prefix.get_ref()),
         };
-        if let Some(prefix) = file.limits.ipv6_prefix.as_ref().filter(|prefix| *prefix.get_ref() > 128) {
-            self.wrong(prefix, "limits.ipv6_prefix", "a prefix has 128 bits at most");
+        let prefix = file.limits.ipv6_prefix.as_ref();
+        if let Some(prefix) = prefix.filter(|prefix| !(1..=128).contains(prefix.get_ref())) {
+            self.wrong(prefix, "limits.ipv6_prefix", "a prefix has 1 to 128 bits");
+        }
+        if let Some(memory) = file.limits.memory.as_ref().filter(|memory| memory.get_ref().0 < 256 << 10) {
+            self.wrong(memory, "limits.memory", "256KiB is the least");
         }
         let max_body = self.endpoints(&file.endpoints, &mut policy);
         for (i, limit) in file.limit.iter().enumerate() {
@@ -284,14 +288,23 @@ impl Resolver<'_> {
             Some(address) => self.address(address, "admin.address"),
             None => Some(SocketAddr::from(([127, 0, 0, 1], 9090))),
         };
+        if let (Some(at), Some(admin)) = (&file.admin.address, admin)
+            && listeners.iter().any(|l| l.address == admin)
+        {
+            self.wrong(at, "admin.address", "a listener is at this address");
+        }
         let access_log = match file.access_log.path.as_str() {
             "off" => AccessLog::Off,
             "-" => AccessLog::Stdout,
             path => AccessLog::File(self.beside(Path::new(path))),
         };
-        let threads = match file.runtime.threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
+        let threads = match file.runtime.threads.as_ref().map(|threads| (*threads.get_ref(), threads)) {
+            None | Some((0, _)) => std::thread::available_parallelism().map_or(1, usize::from),
+            Some((threads @ 1..=1024, _)) => threads,
+            Some((_, at)) => {
+                self.wrong(at, "runtime.threads", "1024 are the most");
+                1
+            }
         };
         let t = &file.timeouts;
         Some(Config {
@@ -310,7 +323,11 @@ impl Resolver<'_> {
             peers: Peers { allow, named },
             max_body,
             policy,
-            limit_memory: usize::try_from(file.limits.memory.0).unwrap_or(usize::MAX),
+            limit_memory: file
+                .limits
+                .memory
+                .as_ref()
+                .map_or(64 << 20, |m| usize::try_from(m.get_ref().0).unwrap_or(usize::MAX)),
             privacy_pass,
             admin: admin?,
             access_log,
@@ -346,7 +363,12 @@ impl Resolver<'_> {
                 }
             });
             let client_auth = match (table.client_certificates, roots) {
-                (file::ClientCertificates::Off, _) => ClientAuth::Off,
+                (file::ClientCertificates::Off, _) => {
+                    if let Some(path) = &table.client_ca {
+                        self.wrong(path, key, "client_certificates is off: nothing is verified by this");
+                    }
+                    ClientAuth::Off
+                }
                 (file::ClientCertificates::Optional, Some(roots)) => ClientAuth::Optional(roots),
                 (file::ClientCertificates::Required, Some(roots)) => ClientAuth::Required(roots),
                 (_, None) => {
@@ -356,6 +378,9 @@ impl Resolver<'_> {
                     ClientAuth::Off
                 }
             };
+            if listeners.iter().any(|other: &Listener| Some(other.address) == address) {
+                self.wrong(&table.address, format!("listener[{i}].address"), "another listener is at this address");
+            }
             listeners.extend(address.map(|address| Listener { address, client_auth }));
         }
         listeners
@@ -388,12 +413,15 @@ impl Resolver<'_> {
         if table.node.get_ref().is_empty() {
             self.wrong(&table.node, "delivery_service.node", "at least one is needed");
         }
+        if table.node.get_ref().len() > upstream::MAX_NODES {
+            self.wrong(&table.node, "delivery_service.node", format!("{} are the most", upstream::MAX_NODES));
+        }
         let mut nodes = vec![];
         for (i, node) in table.node.get_ref().iter().enumerate() {
             let key = format!("delivery_service.node[{i}].address");
             let address = match node.address.get_ref().to_socket_addrs().map(|mut found| found.next()) {
-                Ok(Some(address)) => address,
-                Ok(None) | Err(_) => {
+                Ok(Some(address)) if address.port() > 0 => address,
+                Ok(_) | Err(_) => {
                     let message = format!("{:?} is no host:port that resolves", node.address.get_ref());
                     self.wrong(&node.address, key, message);
                     continue;
@@ -440,6 +468,11 @@ impl Resolver<'_> {
                 );
                 continue;
             };
+            if let Some(size) =
+                table.max_body.as_ref().filter(|size| endpoint.reader.is_none() || size.get_ref().0 == 0)
+            {
+                self.wrong(size, key(".max_body"), "this endpoint takes no body, or this takes none");
+            }
             max_body.extend(table.max_body.as_ref().map(|size| (endpoint.name, size.get_ref().0)));
             let token = self.token(name, table.token, table.token_rate, table.token_burst.as_ref(), |part| {
                 key(&format!(".{part}"))
@@ -464,7 +497,7 @@ impl Resolver<'_> {
                 match Gcra::new(rate.count, rate.period, *burst.get_ref()) {
                     Some(gcra) => TokenUse::TopUp(gcra),
                     None => {
-                        self.wrong(burst, key("token_burst"), "a burst is at least 1, and comes back within a century");
+                        self.wrong(burst, key("token_burst"), "a burst is at least 1 and comes back within a century, and no cell of a rate takes less than a nanosecond");
                         TokenUse::Off
                     }
                 }
@@ -486,7 +519,7 @@ impl Resolver<'_> {
         if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.')) {
             self.wrong(&table.name, key("name"), "a name is made of letters, digits, '-', '_' and '.'");
         }
-        let covered = self.covered(&table.endpoints, &table.operations, key);
+        let covered = self.covered(&table.endpoints, &table.operations, &table.name, key);
         let mut parts = KeyParts::default();
         for part in table.key.get_ref() {
             let of = match part {
@@ -524,10 +557,13 @@ impl Resolver<'_> {
         }
         let rate = table.rate.get_ref();
         let Some(gcra) = Gcra::new(rate.count, rate.period, *table.burst.get_ref()) else {
-            self.wrong(&table.burst, key("burst"), "a burst is at least 1, and comes back within a century");
+            self.wrong(&table.burst, key("burst"), "a burst is at least 1 and comes back within a century, and no cell of a rate takes less than a nanosecond");
             return None;
         };
         let token = self.token(&table.name, table.token, table.token_rate, table.token_burst.as_ref(), key);
+        if token == TokenUse::Required && table.mode == file::Mode::Shadow {
+            self.wrong(&table.name, key("token"), "a shadow refuses nobody, so it can require no token");
+        }
         Some(Limit {
             name: name.clone(),
             covers: covered.iter().fold(0, |bits, operation| bits | 1 << operation.id),
@@ -542,10 +578,14 @@ impl Resolver<'_> {
         &mut self,
         endpoints: &Option<Vec<Spanned<String>>>,
         operations: &Option<Vec<Spanned<String>>>,
+        at: &Spanned<String>,
         key: impl Fn(&str) -> String,
     ) -> Vec<&'static Operation> {
         if endpoints.is_none() && operations.is_none() {
             return dialect::operations().collect();
+        }
+        if endpoints.iter().chain(operations).all(Vec::is_empty) {
+            self.wrong(at, key("endpoints"), "this limit covers nothing");
         }
         let mut covered = vec![];
         for name in endpoints.iter().flatten() {
@@ -591,6 +631,9 @@ impl Resolver<'_> {
             let name = self.name(&issuer.name, &key("name"), false);
             let (Some(name), Some(octets)) = (name, self.read(&issuer.key_file, &key("key_file"))) else { continue };
             match Issuer::new(name, &octets) {
+                Ok(new) if issuers.iter().any(|other: &Issuer| other.key_id() == new.key_id()) => {
+                    self.wrong(&issuer.key_file, key("key_file"), "another issuer has this key");
+                }
                 Ok(issuer) => issuers.push(issuer),
                 Err(e) => {
                     let message = format!("{}: {e}", issuer.key_file.get_ref().display());
@@ -612,6 +655,9 @@ impl Resolver<'_> {
             }
             None => random::<32>()?.to_vec(),
         };
+        if let Some(spent) = table.spent_tokens.as_ref().filter(|spent| *spent.get_ref() == 0) {
+            self.wrong(spent, "privacy_pass.spent_tokens", "no token could be redeemed");
+        }
         if table.epoch.0 < Duration::from_secs(1) {
             let error = self.error(
                 table.issuer.span().start,
@@ -620,7 +666,8 @@ impl Resolver<'_> {
             );
             self.errors.push(error);
         }
-        Some(Origin::new(Challenges::new(origin, table.epoch.0, &secret, issuers), table.spent_tokens))
+        let spent = table.spent_tokens.as_ref().map_or(1_000_000, |spent| *spent.get_ref());
+        Some(Origin::new(Challenges::new(origin, table.epoch.0, &secret, issuers), spent))
     }
 }
 

@@ -13,6 +13,7 @@ use pingora_core::server::ShutdownWatch;
 use pingora_proxy::HttpProxy;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 /// A listener's application.
@@ -58,7 +59,42 @@ impl ServerApp for Door {
     }
 }
 
-/// Pingora's proxy, with a word to the stream before each request.
+tokio::task_local! {
+    /// The deadline of the request that this task is about.
+    pub(super) static WATCH: Watch;
+}
+
+/// A deadline for a request as a whole. Where a node has answered and the rest of an HTTP/2 body does not come, Pingora
+/// waits for it without a clock, and holds the node's connection as long: past its deadline a request is dropped, which
+/// resets its stream.
+#[derive(Debug, Clone)]
+pub(super) struct Watch(Arc<tokio::sync::watch::Sender<Option<Instant>>>);
+
+impl Watch {
+    /// Sets the deadline, or takes it away.
+    pub(super) fn until(&self, deadline: Option<Instant>) {
+        self.0.send_replace(deadline);
+    }
+}
+
+async fn passed(deadline: &mut tokio::sync::watch::Receiver<Option<Instant>>) {
+    loop {
+        let until = *deadline.borrow_and_update();
+        let changed = match until {
+            None => deadline.changed().await,
+            Some(until) => tokio::select! {
+                () = tokio::time::sleep_until(until.into()) => return,
+                changed = deadline.changed() => changed,
+            },
+        };
+        if changed.is_err() {
+            // The request is over and cannot be late any more.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Pingora's proxy, with a word to the stream before each request, and a deadline that a request may set itself.
 pub(super) struct Requests(pub(super) Arc<HttpProxy<super::Gateway>>);
 
 #[async_trait]
@@ -71,7 +107,13 @@ impl HttpServerApp for Requests {
         if let Some(connection) = session.digest().and_then(super::connection_of) {
             connection.await_head();
         }
-        self.0.process_new_http(session, shutdown).await
+        let (watch, mut deadline) = tokio::sync::watch::channel(None);
+        let request = WATCH.scope(Watch(Arc::new(watch)), self.0.process_new_http(session, shutdown));
+        tokio::select! {
+            biased;
+            done = request => done,
+            () = passed(&mut deadline) => None,
+        }
     }
 
     fn h2_options(&self) -> Option<H2Options> {

@@ -1,11 +1,12 @@
 //! Forward: what goes to the Delivery Service, and how.
 
 use crate::config::Timeouts;
+use crate::dialect::Endpoint;
 use crate::privacypass;
 use crate::problem::Refusal;
 use crate::upstream::{NodeSettings, Settings};
-use http::{HeaderName, HeaderValue, header};
-use pingora_core::upstreams::peer::HttpPeer;
+use http::{HeaderName, HeaderValue, Uri, header};
+use pingora_core::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
 use pingora_http::RequestHeader;
 use siphasher::sip128::SipHasher24;
 use std::net::IpAddr;
@@ -42,6 +43,11 @@ impl Body {
         self.bound
     }
 
+    /// When it must be in.
+    pub(super) fn until(&self) -> Instant {
+        self.until
+    }
+
     /// It is sent from its beginning (again).
     pub(super) fn rewind(&mut self) {
         self.passed = 0;
@@ -71,6 +77,7 @@ pub(super) fn peer(node: &NodeSettings, settings: &Settings, timeouts: &Timeouts
     options.read_timeout = Some(settings.read_timeout + for_body);
     options.write_timeout = Some(settings.write_timeout);
     options.idle_timeout = Some(settings.keepalive);
+    options.http_upstream_request_policy = HttpUpstreamRequestPolicy::deny_upgrades();
     if node.h2c {
         options.set_http_version(2, 2);
         options.max_h2_streams = 100;
@@ -96,15 +103,22 @@ fn is_ours_to_say(name: &HeaderName) -> bool {
     NAMES.contains(&name.as_str()) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// Sets the fields that the Delivery Service gets: what came from outside and is not for outside to say is dropped, then
-/// who sends is said by us. A `PrivateToken` credential was for us; other credentials are the Delivery Service's.
+/// Sets what the Delivery Service gets. Target and content type are written anew: it gets those that were checked, in
+/// one form, however they came. Of the fields, what is not for outside to say is dropped, then who sends is said by us. A
+/// `PrivateToken` credential was for us; other credentials are the Delivery Service's.
 pub(super) fn set_fields(
     request: &mut RequestHeader,
+    endpoint: &Endpoint,
     client: Option<IpAddr>,
     provider: Option<&str>,
     id: &str,
     takes_tokens: bool,
 ) -> pingora_core::Result<()> {
+    if let Some(authority) = request.uri.authority().map(|authority| authority.as_str().to_owned()) {
+        request.insert_header(header::HOST, authority)?;
+    }
+    request.set_uri(Uri::from_static(endpoint.path));
+    request.insert_header(header::CONTENT_TYPE, "application/octet-stream")?;
     let drop: Vec<_> = request.headers.keys().filter(|name| is_ours_to_say(name)).cloned().collect();
     for name in drop {
         request.remove_header(&name);
@@ -160,7 +174,8 @@ mod tests {
         request.append_header("Authorization", "PrivateToken token=\"x\"").unwrap();
         request.append_header("X-Other", "kept").unwrap();
         let client = Some("2001:db8::1".parse().unwrap());
-        set_fields(&mut request, client, Some("a.example"), "id-1", true).unwrap();
+        let endpoint = crate::dialect::moh::endpoint_by_path("/group_operation").unwrap();
+        set_fields(&mut request, endpoint, client, Some("a.example"), "id-1", true).unwrap();
         let fields: Vec<_> =
             request.headers.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap().to_owned())).collect();
         assert!(!fields.iter().any(|f| f.contains("forged") || f.contains("PrivateToken")), "{fields:?}");
@@ -173,7 +188,7 @@ mod tests {
         ] {
             assert!(fields.iter().any(|f| f == expected), "{expected} in {fields:?}");
         }
-        set_fields(&mut request, client, None, "id-2", true).unwrap();
+        set_fields(&mut request, endpoint, client, None, "id-2", true).unwrap();
         assert!(!request.headers.contains_key(PROVIDER), "who is not authenticated is not named");
     }
 

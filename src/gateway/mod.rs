@@ -34,6 +34,7 @@ use pingora_core::{Error, ErrorSource, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, HttpProxy, ProxyHttp, Session};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use stream::Connection;
 use tokio_rustls::TlsAcceptor;
@@ -49,6 +50,8 @@ struct Shared {
     nodes: Nodes,
     metrics: Metrics,
     access_log: AccessLog,
+    /// The process has been told to stop: no connection is kept for a further request.
+    draining: AtomicBool,
 }
 
 /// Pingora's view of the gateway.
@@ -81,12 +84,20 @@ pub struct RequestContext {
     /// A refusal met where Pingora only takes an error.
     pending: Option<Refusal>,
     refused: Option<(StatusCode, &'static str, Vec<String>)>,
-    in_flight: prometheus::IntGauge,
+    /// The end of the node's answer has gone to the client.
+    answered: bool,
+    watch: Option<door::Watch>,
+    shared: Arc<Shared>,
+    accounted: bool,
 }
 
 impl Drop for RequestContext {
     fn drop(&mut self) {
-        self.in_flight.dec();
+        self.shared.metrics.in_flight.dec();
+        if !self.accounted {
+            // Dropped on the way: the client went away, or the request outlived its deadline.
+            self.shared.metrics.request(self.endpoint, self.decision, "", None);
+        }
     }
 }
 
@@ -135,11 +146,13 @@ fn drain(mut phases: tokio::sync::broadcast::Receiver<ExecutionPhase>, shared: &
     loop {
         match phases.blocking_recv() {
             Ok(ExecutionPhase::ShutdownGracePeriod) => break,
+            Ok(ExecutionPhase::GracefulTerminate) => shared.draining.store(true, Ordering::Relaxed),
             Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
             Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
         }
     }
     tracing::info!(requests = shared.metrics.in_flight.get(), "stopping: requests under way may end");
+    shared.draining.store(true, Ordering::Relaxed);
     let mut quiet = 0;
     // What HTTP/2 has been given to send is sent a little after the request has ended.
     while shared.metrics.connections.get() > 0 && quiet < 10 {
@@ -169,6 +182,7 @@ fn server(config: Config) -> std::result::Result<(Server, Arc<Shared>), StartErr
         nodes: Nodes::new(config.upstream),
         access_log: AccessLog::open(&config.access_log).map_err(StartError::AccessLog)?,
         metrics,
+        draining: AtomicBool::new(false),
     });
 
     let conf = ServerConf {
@@ -228,6 +242,7 @@ impl Gateway {
 
         // route
         let request = session.req_header();
+        peek::check_framing(request)?;
         if request.uri.query().is_some() {
             return Err(Refusal::UnknownPath);
         }
@@ -266,7 +281,6 @@ impl Gateway {
         // peek
         let timeouts = &shared.timeouts;
         session.set_read_timeout(Some(timeouts.body_idle));
-        session.set_write_timeout(Some(timeouts.body_total));
         let mut held = peek::Held::default();
         connection.hold(true);
         let read = peek::peek(session, endpoint, &mut held, timeouts, &mut ctx.waited).await;
@@ -351,40 +365,36 @@ impl Gateway {
             origin.redeem(headers).map_err(|problem| Refusal::Token { problem, challenge: challenge() })
         };
 
-        let first = admission.decide(subject, false, !required);
-        match first {
-            Verdict::Pass { .. } if !required => Ok(()),
+        let (first, tally) = admission.decide(subject, false, !required);
+        let missing = match first {
+            Verdict::Pass { .. } if !required => {
+                admission.account(&tally);
+                return Ok(());
+            }
+            Verdict::Refuse { violated, token_helps: false } => {
+                admission.account(&tally);
+                return Err(Refusal::Limited { violated, challenge: None });
+            }
+            Verdict::Pass { .. } => None,
+            Verdict::Refuse { violated, .. } => Some(violated),
+        };
+        let token = match (redeem(), missing) {
+            (Ok(token), _) => token,
+            // A limit that a token would help with is a limit first.
+            (Err(Refusal::Token { problem: TokenProblem::Missing, challenge }), Some(violated)) => {
+                admission.account(&tally);
+                return Err(Refusal::Limited { violated, challenge });
+            }
+            (Err(other), _) => return Err(other),
+        };
+        let (second, tally) = admission.decide(subject, true, true);
+        admission.account(&tally);
+        match second {
             Verdict::Pass { .. } => {
-                ctx.token = Some(redeem()?);
-                match admission.decide(subject, true, true) {
-                    Verdict::Pass { .. } => Ok(()),
-                    Verdict::Refuse { violated, .. } => {
-                        ctx.token = None;
-                        Err(Refusal::Limited { violated, challenge: None })
-                    }
-                }
+                ctx.token = Some(token);
+                Ok(())
             }
-            Verdict::Refuse { violated, token_helps } => {
-                if !token_helps {
-                    return Err(Refusal::Limited { violated, challenge: None });
-                }
-                match redeem() {
-                    Ok(token) => {
-                        ctx.token = Some(token);
-                        match admission.decide(subject, true, true) {
-                            Verdict::Pass { .. } => Ok(()),
-                            Verdict::Refuse { violated, .. } => {
-                                ctx.token = None;
-                                Err(Refusal::Limited { violated, challenge: None })
-                            }
-                        }
-                    }
-                    Err(Refusal::Token { problem: TokenProblem::Missing, challenge }) => {
-                        Err(Refusal::Limited { violated, challenge })
-                    }
-                    Err(other) => Err(other),
-                }
-            }
+            Verdict::Refuse { violated, .. } => Err(Refusal::Limited { violated, challenge: None }),
         }
     }
 
@@ -410,8 +420,22 @@ impl Gateway {
                 connection.linger();
             }
         }
-        session.write_response_header(Box::new(response), false).await?;
-        session.write_response_body(Some(document), true).await
+        self.answer(session, response, document).await
+    }
+
+    /// Writes an answer of the gateway's own, within a time: a client that does not read is not waited for.
+    async fn answer(&self, session: &mut Session, response: ResponseHeader, body: Bytes) -> Result<()> {
+        if self.0.draining.load(Ordering::Relaxed) {
+            session.set_keepalive(None);
+        }
+        let write = async {
+            session.write_response_header(Box::new(response), false).await?;
+            session.write_response_body(Some(body), true).await
+        };
+        match tokio::time::timeout(self.0.timeouts.body_total, write).await {
+            Ok(written) => written,
+            Err(_) => Error::e_explain(ErrorType::WriteTimedout, "the client does not read").map_err(Error::into_down),
+        }
     }
 
     /// `/.well-known/mimi/ds-domain`.
@@ -432,8 +456,7 @@ impl Gateway {
                 connection.linger();
             }
         }
-        session.write_response_header(Box::new(response), false).await?;
-        session.write_response_body(Some(domain), true).await
+        self.answer(session, response, domain).await
     }
 }
 
@@ -442,8 +465,7 @@ impl ProxyHttp for Gateway {
     type CTX = RequestContext;
 
     fn new_ctx(&self) -> RequestContext {
-        let in_flight = self.0.metrics.in_flight.clone();
-        in_flight.inc();
+        self.0.metrics.in_flight.inc();
         RequestContext {
             began: Instant::now(),
             id: uuid::Uuid::now_v7().simple().to_string(),
@@ -466,7 +488,10 @@ impl ProxyHttp for Gateway {
             broken: false,
             pending: None,
             refused: None,
-            in_flight,
+            answered: false,
+            watch: door::WATCH.try_with(Clone::clone).ok(),
+            shared: self.0.clone(),
+            accounted: false,
         }
     }
 
@@ -479,7 +504,11 @@ impl ProxyHttp for Gateway {
         if let Some(connection) = &ctx.connection {
             connection.head_is_in();
         }
-        session.set_keepalive(Some(self.0.timeouts.keepalive.as_secs().max(1)));
+        // Where Pingora has decided against another request on this connection, it has its reasons.
+        if session.get_keepalive().is_some() {
+            session.set_keepalive(Some(self.0.timeouts.keepalive.as_secs().max(1)));
+        }
+        session.set_write_timeout(Some(self.0.timeouts.body_total));
         Ok(())
     }
 
@@ -547,10 +576,6 @@ impl ProxyHttp for Gateway {
         if let Some(node) = ctx.node {
             self.0.nodes.restore(node);
         }
-        if let Some(token) = ctx.token.take() {
-            token.keep();
-            ctx.used_token = true;
-        }
         ctx.forwarded_at = Some(Instant::now());
         Ok(())
     }
@@ -575,6 +600,9 @@ impl ProxyHttp for Gateway {
         end: bool,
         ctx: &mut RequestContext,
     ) -> Result<()> {
+        if end && let Some(watch) = &ctx.watch {
+            watch.until(None);
+        }
         ctx.body.pass(body.as_ref().map_or(0, Bytes::len), end).map_err(|refusal| {
             ctx.pending = Some(refusal);
             Error::explain(ErrorType::ReadError, "the body is over its bound").into_down()
@@ -588,24 +616,63 @@ impl ProxyHttp for Gateway {
         ctx: &mut RequestContext,
     ) -> Result<()> {
         let client = ctx.connection.as_ref().map(|c| c.client.ip());
-        forward::set_fields(request, client, ctx.provider.as_deref(), &ctx.id, self.0.privacy_pass.is_some())
-    }
-
-    async fn upstream_response_filter(
-        &self,
-        _: &mut Session,
-        response: &mut ResponseHeader,
-        ctx: &mut RequestContext,
-    ) -> Result<()> {
-        if !response.status.is_informational() {
-            ctx.ds_took = ctx.forwarded_at.map(|at| at.elapsed());
-            ctx.decision = Decision::Forwarded;
+        let Some(endpoint) = ctx.endpoint else { return Error::e_explain(ErrorType::InternalError, "no endpoint") };
+        let takes_tokens = self.0.privacy_pass.is_some();
+        forward::set_fields(request, endpoint, client, ctx.provider.as_deref(), &ctx.id, takes_tokens)?;
+        // The next thing is to write to the node.
+        if let Some(token) = ctx.token.take() {
+            token.keep();
+            ctx.used_token = true;
         }
         Ok(())
     }
 
+    async fn upstream_response_filter(
+        &self,
+        session: &mut Session,
+        response: &mut ResponseHeader,
+        ctx: &mut RequestContext,
+    ) -> Result<()> {
+        if response.status.is_informational() {
+            return Ok(());
+        }
+        ctx.ds_took = ctx.forwarded_at.map(|at| at.elapsed());
+        ctx.decision = Decision::Forwarded;
+        if self.0.draining.load(Ordering::Relaxed) {
+            session.set_keepalive(None);
+        }
+        if !session.as_mut().is_body_done() {
+            // The node has answered before the body was in. The answer must arrive, and the body has its time and no more.
+            if let Some(connection) = &ctx.connection {
+                connection.linger();
+            }
+            if let Some(watch) = &ctx.watch {
+                watch.until(Some(ctx.body.until() + Duration::from_secs(1)));
+            }
+        }
+        Ok(())
+    }
+
+    fn response_body_filter(
+        &self,
+        _: &mut Session,
+        _: &mut Option<Bytes>,
+        end: bool,
+        ctx: &mut RequestContext,
+    ) -> Result<Option<Duration>> {
+        ctx.answered |= end;
+        Ok(None)
+    }
+
     async fn fail_to_proxy(&self, session: &mut Session, e: &Error, ctx: &mut RequestContext) -> FailToProxy {
-        let gone = matches!(e.etype(), ErrorType::ConnectionClosed | ErrorType::WriteError | ErrorType::H2Error);
+        if ctx.answered {
+            // The whole answer is out; what is missing is the rest of a body that nobody needs.
+            return FailToProxy { error_code: 0, can_reuse_downstream: false };
+        }
+        let gone = matches!(
+            e.etype(),
+            ErrorType::ConnectionClosed | ErrorType::WriteError | ErrorType::WriteTimedout | ErrorType::H2Error
+        );
         let refusal = match (ctx.pending.take(), e.esource()) {
             (Some(refusal), _) => refusal,
             (None, ErrorSource::Upstream) => match e.etype() {
@@ -628,7 +695,7 @@ impl ProxyHttp for Gateway {
             (None, _) => Refusal::Internal,
         };
         let status = refusal.status().as_u16();
-        if session.response_written().is_some() {
+        if status_written(session).is_some() {
             // Half an answer cannot be mended; the client sees that it is cut short.
             ctx.decision = Decision::Aborted;
             ctx.refused = Some((refusal.status(), refusal.reason(), vec![]));
@@ -645,6 +712,7 @@ impl ProxyHttp for Gateway {
 
     async fn logging(&self, session: &mut Session, _: Option<&Error>, ctx: &mut RequestContext) {
         let shared = &self.0;
+        ctx.accounted = true;
         let reason = ctx.refused.as_ref().map(|(_, reason, _)| *reason);
         let provider = ctx.provider.as_deref().map(|p| Metrics::provider_label(&shared.peers.named, p));
         shared.metrics.request(ctx.endpoint, ctx.decision, reason.unwrap_or_default(), provider);
@@ -660,7 +728,7 @@ impl ProxyHttp for Gateway {
             return;
         }
         let micros = |took: Duration| u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        let status = session.response_written().map_or(0, |response| response.status.as_u16());
+        let status = status_written(session).map_or(0, |status| status.as_u16());
         let request = session.req_header();
         shared.access_log.write(&Line {
             time: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
@@ -684,6 +752,11 @@ impl ProxyHttp for Gateway {
             node: ctx.node.and_then(|n| shared.nodes.settings().nodes.get(n)).map(|n| n.address.to_string()),
         });
     }
+}
+
+/// The status of the answer that has begun to go out; to go on (100) is none.
+fn status_written(session: &Session) -> Option<StatusCode> {
+    session.response_written().map(|response| response.status).filter(|status| !status.is_informational())
 }
 
 /// A method is the client's word: the log has those of HTTP, and "other".

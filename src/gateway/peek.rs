@@ -5,7 +5,7 @@ use crate::dialect::Endpoint;
 use crate::problem::Refusal;
 use crate::wire;
 use bytes::{Bytes, BytesMut};
-use http::header;
+use http::{HeaderValue, header};
 use pingora_core::ErrorType;
 use pingora_http::RequestHeader;
 use pingora_proxy::Session;
@@ -53,9 +53,32 @@ pub(super) fn check_content(request: &RequestHeader) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// The length that the request says its body has.
+/// The one length that the request says its body has.
 pub(super) fn content_length(request: &RequestHeader) -> Option<u64> {
     request.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// A request is framed in one way that every server reads alike, and takes none of the fields away that we checked.
+pub(super) fn check_framing(request: &RequestHeader) -> Result<(), Refusal> {
+    let all = |name| request.headers.get_all(name).iter();
+    let digits = |value: &HeaderValue| !value.is_empty() && value.as_bytes().iter().all(u8::is_ascii_digit);
+    if all(header::CONTENT_LENGTH).count() > 1 || !all(header::CONTENT_LENGTH).all(digits) {
+        return Err(Refusal::BadHttp("Content-Length is not one number"));
+    }
+    if !all(header::TRANSFER_ENCODING).all(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked"))
+        || all(header::TRANSFER_ENCODING).count() > 1
+    {
+        return Err(Refusal::BadHttp("Transfer-Encoding is not chunked alone"));
+    }
+    let known = |token: &[u8]| {
+        [&b"close"[..], b"keep-alive", b"te", b"upgrade"]
+            .iter()
+            .any(|known| token.trim_ascii().eq_ignore_ascii_case(known))
+    };
+    if !all(header::CONNECTION).all(|value| value.as_bytes().split(|b| *b == b',').all(known)) {
+        return Err(Refusal::BadHttp("Connection names a field that is not of the connection"));
+    }
+    Ok(())
 }
 
 /// Why reading stopped undecided.

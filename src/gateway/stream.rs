@@ -30,6 +30,9 @@ use tokio_rustls::server::TlsStream;
 /// Octets of a request head at most.
 const MAX_HEAD: usize = 64 * 1024;
 
+/// Octets that an HTTP/2 connection begins with (RFC 9113 §3.4): its preface and the head of a SETTINGS frame.
+const H2_PREFACE: usize = 24 + 9;
+
 /// Octets a read gives at most while a body is held back: see [`Connection::hold`].
 const HELD_READ: usize = 16 * 1024;
 
@@ -77,6 +80,7 @@ impl Connection {
 
     /// The head of a request is awaited (HTTP/1.1).
     pub(super) fn await_head(&self) {
+        self.linger.store(false, Ordering::Relaxed);
         self.heads.fetch_add(1, Ordering::Relaxed);
         self.reading_head.store(!self.h2, Ordering::Relaxed);
     }
@@ -162,14 +166,13 @@ impl FederationStream {
         let socket_digest = SocketDigest::from_raw_fd(inner.get_ref().0.id());
         // Known already: no getpeername for each request.
         let _ = socket_digest.peer_addr.set(Some(PingoraAddr::Inet(connection.client)));
-        let clock = (!connection.h2).then(|| Box::pin(tokio::time::sleep(head_timeout)));
         Self {
             inner: Some(inner),
             connection,
             proxy_digest,
             socket_digest: Arc::new(socket_digest),
             head_timeout,
-            clock,
+            clock: Some(Box::pin(tokio::time::sleep(head_timeout))),
             head: Head::Reading { octets: 0 },
             nth: 1,
         }
@@ -196,6 +199,26 @@ impl FederationStream {
             self.head = Head::Refused;
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// A read while an HTTP/2 connection has yet to begin: Pingora waits for that without a clock.
+    fn poll_read_preface(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
+        match Pin::new(inner).poll_read(cx, buf)? {
+            Poll::Ready(()) => {
+                let read = buf.filled().len() - before;
+                match &mut self.head {
+                    Head::Reading { octets } if *octets + read < H2_PREFACE => *octets += read,
+                    _ => self.clock = None,
+                }
+                Poll::Ready(Ok(()))
+            }
+            Poll::Pending => match self.clock.as_mut().map(|clock| clock.as_mut().poll(cx)) {
+                Some(Poll::Ready(())) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+                _ => Poll::Pending,
+            },
+        }
     }
 
     /// A read while a head is awaited: within its time, within its bound. The first head's time began with the
@@ -247,6 +270,9 @@ impl AsyncRead for FederationStream {
         let this = self.get_mut();
         if this.connection.reading_head.load(Ordering::Relaxed) {
             return this.poll_read_head(cx, buf);
+        }
+        if this.connection.h2 && this.clock.is_some() {
+            return this.poll_read_preface(cx, buf);
         }
         let Some(inner) = this.inner.as_mut() else { return Poll::Ready(Err(closed())) };
         if !this.connection.hold.load(Ordering::Relaxed) || buf.remaining() <= HELD_READ {

@@ -11,8 +11,15 @@ type Nonce = [u8; 32];
 /// The spent tokens, and those in hand.
 #[derive(Debug)]
 pub struct Spent {
-    epochs: Mutex<BTreeMap<u64, HashSet<Nonce>>>,
+    epochs: Mutex<Epochs>,
     capacity: usize,
+}
+
+#[derive(Debug, Default)]
+struct Epochs {
+    nonces: BTreeMap<u64, HashSet<Nonce>>,
+    /// The latest epoch that was ever now: a clock that is behind, or set back, must not ask for what was let go.
+    latest: u64,
 }
 
 /// A token in hand: no other request can use it. Kept, it is spent; dropped, it may be used again.
@@ -27,28 +34,33 @@ pub struct Reservation {
 impl Spent {
     /// Remembers at most `capacity` tokens.
     pub fn new(capacity: usize) -> Self {
-        Self { epochs: Mutex::new(BTreeMap::new()), capacity }
+        Self { epochs: Mutex::default(), capacity }
     }
 
     /// Whether a token is spent or in hand.
     pub fn contains(&self, nonce: &Nonce) -> bool {
-        self.epochs.lock().values().any(|nonces| nonces.contains(nonce))
+        self.epochs.lock().nonces.values().any(|nonces| nonces.contains(nonce))
     }
 
     /// Takes a token of `epoch` in hand; `current` is the epoch now: those before the previous one are let go.
     ///
     /// # Errors
-    /// [`TokenProblem::Spent`], [`TokenProblem::StoreFull`].
+    /// [`TokenProblem::Spent`], [`TokenProblem::StoreFull`], [`TokenProblem::Expired`].
     pub fn reserve(this: &Arc<Self>, nonce: Nonce, epoch: u64, current: u64) -> Result<Reservation, TokenProblem> {
         let mut epochs = this.epochs.lock();
-        epochs.retain(|epoch, _| epoch.saturating_add(1) >= current);
-        if epochs.values().any(|nonces| nonces.contains(&nonce)) {
+        epochs.latest = epochs.latest.max(current);
+        let oldest = epochs.latest.saturating_sub(1);
+        epochs.nonces.retain(|epoch, _| *epoch >= oldest);
+        if epoch < oldest {
+            return Err(TokenProblem::Expired);
+        }
+        if epochs.nonces.values().any(|nonces| nonces.contains(&nonce)) {
             return Err(TokenProblem::Spent);
         }
-        if epochs.values().map(HashSet::len).sum::<usize>() >= this.capacity {
+        if epochs.nonces.values().map(HashSet::len).sum::<usize>() >= this.capacity {
             return Err(TokenProblem::StoreFull);
         }
-        epochs.entry(epoch).or_default().insert(nonce);
+        epochs.nonces.entry(epoch).or_default().insert(nonce);
         Ok(Reservation { store: this.clone(), epoch, nonce, kept: false })
     }
 }
@@ -63,7 +75,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         if !self.kept
-            && let Some(nonces) = self.store.epochs.lock().get_mut(&self.epoch)
+            && let Some(nonces) = self.store.epochs.lock().nonces.get_mut(&self.epoch)
         {
             nonces.remove(&self.nonce);
         }
@@ -91,6 +103,8 @@ mod tests {
         assert_eq!(Spent::reserve(&store, [1; 32], 5, 6).unwrap_err(), TokenProblem::Spent);
         Spent::reserve(&store, [3; 32], 7, 7).unwrap().keep();
         assert!(!store.contains(&[1; 32]), "epoch 5 is over");
+        let behind = Spent::reserve(&store, [1; 32], 5, 6);
+        assert_eq!(behind.unwrap_err(), TokenProblem::Expired, "also for a clock that is behind");
         assert!(store.contains(&[2; 32]));
     }
 

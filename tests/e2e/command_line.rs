@@ -76,7 +76,8 @@ fn the_shipped_configurations_are_good() {
 fn said(change: impl Fn(String) -> String) -> String {
     let dir = tempfile::tempdir().unwrap();
     let address: SocketAddr = "127.0.0.1:1".parse().unwrap();
-    let path = config(dir.path(), address, address, &Setup::of_nodes(&[address]));
+    let admin: SocketAddr = "127.0.0.1:2".parse().unwrap();
+    let path = config(dir.path(), address, admin, &Setup::of_nodes(&[address]));
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, change(text)).unwrap();
     let (ok, said) = check(&path);
@@ -127,10 +128,53 @@ fn errors_say_file_line_and_key() {
     at_end("endpoints.nowhere: no such endpoint", &append("\n[endpoints.nowhere]\n"));
     at_end("privacy_pass: missing", &append("\n[endpoints.connection_request]\ntoken = \"required\"\n"));
     let off = said(|text| {
-        let text = text.replace("client_certificates = \"optional\"", "");
+        let text = text.replace("client_certificates = \"optional\"\nclient_ca = \"ca.pem\"", "");
         text + "\n[[limit]]\nname = \"l\"\nkey = [\"provider\"]\nrate = \"1/s\"\nburst = 1\n"
     });
     at_end("limit[0].key: no listener asks for client certificates", &off);
+    for (more, expected) in [
+        (
+            "[[limit]]\nname = \"l\"\nendpoints = []\nkey = []\nrate = \"1/s\"\nburst = 1",
+            "limit[0].endpoints: this limit covers nothing",
+        ),
+        (
+            "[[limit]]\nname = \"l\"\nkey = []\nrate = \"1/d\"\nburst = 4000000000",
+            "limit[0].burst: a burst is at least 1",
+        ),
+        (
+            "[[limit]]\nname = \"l\"\nkey = []\nrate = \"1/s\"\nburst = 1\nmode = \"shadow\"\ntoken = \"required\"",
+            "limit[0].token: a shadow",
+        ),
+        ("[endpoints.ds_domain]\nmax_body = 5", "endpoints.ds_domain.max_body"),
+    ] {
+        let text = said(|text| text + "\n" + more);
+        assert!(text.contains(expected), "{expected} in {text}");
+    }
+    for (from, to, expected) in [
+        ("memory = \"1MiB\"", "memory = \"1MiB\"\nipv6_prefix = 0", "limits.ipv6_prefix"),
+        ("memory = \"1MiB\"", "memory = 0", "limits.memory"),
+        ("threads = 2", "threads = 100000", "runtime.threads"),
+        ("shutdown = \"5s\"", "shutdown = \"0s\"", "timeouts.shutdown"),
+        ("headers = \"1s\"", "headers = \"18446744073709551615s\"", "timeouts.headers"),
+        (
+            "[admin]\naddress = \"127.0.0.1:2\"",
+            "[admin]\naddress = \"127.0.0.1:1\"",
+            "admin.address: a listener is at this address",
+        ),
+        (
+            "protocol = \"http1\"",
+            "protocol = \"http1\"\n[[delivery_service.node]]\naddress = \"127.0.0.1:1\"",
+            "node[1].address: another node",
+        ),
+        (
+            "client_certificates = \"optional\"",
+            "client_certificates = \"off\"",
+            "listener[0].client_ca: client_certificates is off",
+        ),
+    ] {
+        let text = said(|text| text.replace(from, to));
+        assert!(text.contains(expected), "{expected} in {text}");
+    }
     let two = said(|text| {
         text.replace("chain = ", "chain = \"nowhere.pem\" #")
             .replace("address = \"127.0.0.1:1\"\nclient", "address = \"here\"\nclient")

@@ -299,7 +299,11 @@ async fn sigterm_lets_requests_end() {
     assert!(ds.until(|ds| ds.complete() == 2).await);
     gateway.signal("-TERM");
     for result in tasks.join_all().await {
-        assert_eq!(result.unwrap().status, 200);
+        let response = result.unwrap();
+        assert_eq!(response.status, 200);
+        if response.version == http::Version::HTTP_11 {
+            assert_eq!(response.header("connection"), Some("close"), "nobody is invited to send another");
+        }
     }
     assert!(gateway.ended().await.success());
 }

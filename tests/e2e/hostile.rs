@@ -216,7 +216,21 @@ async fn what_is_no_http_or_two_things_at_once() {
         400,
     );
     is(&raw(&gateway, &[head("Content-Length: -1\r\n").as_bytes(), &body]).await, 400);
-    is(&raw(&gateway, &[head("Transfer-Encoding: gzip\r\n").as_bytes(), &body]).await, 400);
+    for te in ["gzip", "gzip, chunked", "chunked, chunked", "chunked\r\nTransfer-Encoding: chunked"] {
+        is(
+            &raw(&gateway, &[head(&format!("Transfer-Encoding: {te}\r\n")).as_bytes(), b"1\r\nx\r\n0\r\n\r\n"]).await,
+            400,
+        );
+    }
+    for length in
+        [format!("{length}, {length}"), format!("{length}\r\nContent-Length: {length}"), "900000000, 900000000".into()]
+    {
+        is(&raw(&gateway, &[head(&format!("Content-Length: {length}\r\n")).as_bytes(), &body]).await, 400);
+    }
+    for named in ["content-type", "x-moh-provider", "host", "content-length", "close, authorization", ""] {
+        let fields = format!("Content-Length: {length}\r\nConnection: {named}\r\n");
+        is(&raw(&gateway, &[head(&fields).as_bytes(), &body]).await, 400);
+    }
     is(&raw(&gateway, &[head("Host: c.example\r\nContent-Length: 3\r\n").as_bytes(), &body]).await, 400);
     is(&raw(&gateway, &[b"POST /group_operation HTTP/1.1\r\nContent-Type: application/octet-stream\r\nContent-Length: 3\r\n\r\nabc"]).await, 400);
     let answer =
@@ -318,4 +332,134 @@ async fn a_connection_goes_on_after_refusals() {
     }
     assert_eq!(client.connections(), 1);
     assert_eq!(ds.complete(), 5);
+}
+
+#[tokio::test]
+async fn what_is_checked_is_what_the_ds_gets() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    let body = send_message();
+    let fields = format!("Content-Length: {}\r\nConnection: close\r\n", body.len());
+    let absolute = head(&fields)
+        .replace("POST /group_operation", "POST http://ds.b.example/group_operation")
+        .replace("application/octet-stream", "Application/OCTET-stream;x=y");
+    let answer = raw(&gateway, &[absolute.as_bytes(), &body]).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let elsewhere = head(&fields).replace("POST /group_operation", "POST http://c.example/group_operation");
+    is(&raw(&gateway, &[elsewhere.as_bytes(), &body]).await, 400);
+    let got = ds.requests().pop().unwrap();
+    assert_eq!(got.path, "/group_operation", "one form of the target, however it came");
+    assert_eq!(got.headers["content-type"], "application/octet-stream");
+    assert_eq!(got.headers["host"], "ds.b.example");
+    assert_eq!(ds.complete(), 1);
+}
+
+#[tokio::test]
+async fn connections_that_must_close_do() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    let body = send_message();
+    // raw() returns once the gateway has closed.
+    let old = head(&format!("Content-Length: {}\r\n", body.len())).replace("HTTP/1.1", "HTTP/1.0");
+    let answer = raw(&gateway, &[old.as_bytes(), &body]).await;
+    assert!(answer.contains(" 200 ") && !answer.to_lowercase().contains("connection: keep-alive"), "{answer}");
+    let both = [
+        head("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n").into_bytes(),
+        format!("{:x}\r\n", body.len()).into_bytes(),
+        body,
+        b"\r\n0\r\n\r\n".to_vec(),
+    ]
+    .concat();
+    let answer = raw(&gateway, &[&both]).await;
+    assert!(answer.contains(" 200 ") && !answer.to_lowercase().contains("connection: keep-alive"), "{answer}");
+}
+
+#[tokio::test]
+async fn an_answer_arrives_whole_while_the_client_still_writes() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    let stream = raw_tls(gateway.addr, "ds.b.example", &ca().pem(), &["http/1.1"], None).await.unwrap();
+    let (mut read, mut write) = tokio::io::split(stream);
+    // Chunks of some octets that never end: past the time for a body there is an answer, and it is whole.
+    let writer = tokio::spawn(async move {
+        let start = [
+            head("Transfer-Encoding: chunked\r\n").into_bytes(),
+            b"c8\r\n".to_vec(),
+            large_message(200),
+            b"\r\n".to_vec(),
+        ]
+        .concat();
+        let mut wrote = write.write_all(&start).await;
+        while wrote.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            wrote = write.write_all(b"3\r\nabc\r\n").await;
+        }
+    });
+    let mut answer = vec![];
+    let end = tokio::time::timeout(Duration::from_secs(15), read.read_to_end(&mut answer)).await;
+    assert!(end.is_ok(), "{}", String::from_utf8_lossy(&answer));
+    is(&String::from_utf8_lossy(&answer), 408);
+    writer.abort();
+}
+
+/// Waits until nothing is under way.
+async fn settles(gateway: &Gateway, within: Duration) {
+    let until = Instant::now() + within;
+    while gateway.metric("moh_gateway_requests_in_flight").await > 0.0 {
+        assert!(Instant::now() < until, "requests are pinned");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test]
+async fn http2_connections_that_say_nothing() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    for first in [&b""[..], b"PRI * HTTP", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"] {
+        let mut stream = raw_tls(gateway.addr, "ds.b.example", &ca().pem(), &["h2"], None).await.unwrap();
+        stream.write_all(first).await.unwrap();
+        let mut answer = vec![];
+        let end = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut answer)).await;
+        assert!(end.is_ok(), "still open after {first:?}");
+    }
+    // Nor do those that a good preface opened stay for ever without a request.
+    still_serves(&gateway, &ds).await;
+}
+
+#[tokio::test]
+async fn http2_clients_that_read_nothing() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    let stream = raw_tls(gateway.addr, "ds.b.example", &ca().pem(), &["h2"], None).await.unwrap();
+    let (mut client, connection) =
+        h2::client::Builder::new().initial_window_size(0).handshake::<_, bytes::Bytes>(stream).await.unwrap();
+    tokio::spawn(connection);
+    let mut held = vec![];
+    for path in ["/nope", "/.well-known/mimi/ds-domain", "/group_operation"].iter().cycle().take(90) {
+        client = client.ready().await.unwrap();
+        let request = http::Request::get(format!("https://ds.b.example{path}")).body(()).unwrap();
+        held.push(client.send_request(request, true).unwrap());
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(gateway.metric("moh_gateway_requests_in_flight").await > 0.0);
+    settles(&gateway, Duration::from_secs(8)).await;
+    still_serves(&gateway, &ds).await;
+}
+
+#[tokio::test]
+async fn a_ds_that_answers_before_the_body_is_in() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    ds.answer_early(true);
+    ds.set_response(207, &[], "early");
+    for client in [gateway.peer().http1(), gateway.peer()] {
+        let mut upload = client.begin(Method::POST, "/group_operation", &[], Some(1 << 20)).await.unwrap();
+        upload.write(large_message(500)).await.unwrap();
+        assert_eq!(upload.answer().await.unwrap().status, 207);
+        // The rest never comes; the request ends all the same, and is what it was.
+        settles(&gateway, Duration::from_secs(8)).await;
+        drop(upload);
+    }
+    let forwarded = "moh_gateway_requests_total{decision=\"forwarded\",endpoint=\"group_operation\",reason=\"\"}";
+    assert_eq!(gateway.metric(forwarded).await, 2.0);
 }

@@ -103,6 +103,11 @@ async fn each_fault_of_a_token_has_its_name() {
     let good = authorization(&token);
     assert_eq!(problem(&ask(&client, &[&good, &good]).await), "token-malformed", "two credentials");
     assert_eq!(ds.begun(), 0);
+    let framed = [("connection", "host"), ("authorization", good.as_str())];
+    let response =
+        gateway.stranger().http1().send_with(Method::POST, "/connection_request", &framed, request()).await.unwrap();
+    assert_eq!(response.status, 400, "what could not be forwarded spends no token");
+    assert_eq!(ds.begun(), 0);
     // None of it spent the token; and what is the DS's passes beside it, unquoted and unpadded too.
     let octets = base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(&token);
     let bare = format!("privatetoken token={octets}");
