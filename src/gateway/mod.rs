@@ -4,40 +4,37 @@
 //! `upstream_peer` chooses, with the fields that `upstream_request_filter` sets; `logging` accounts for it. A refusal is
 //! answered from one place, wherever it comes from.
 
+mod account;
 mod admin;
 mod door;
 mod forward;
 mod peek;
+mod start;
 mod stream;
 
+pub use start::{StartError, run};
+
 use crate::admission::{Admission, Decision as Verdict, Peers, Subject, bind_sender};
-use crate::config::{Config, Provider, Timeouts};
-use crate::dialect::{self, Endpoint, Envelope, NoRoute};
-use crate::limiter::memory::Memory;
+use crate::config::{Provider, Timeouts};
+use crate::dialect::{self, Envelope, NoRoute};
 use crate::privacypass::{Origin, Reservation};
 use crate::problem::{Refusal, TokenProblem};
-use crate::telemetry::{AccessLog, Decision, Line, Metrics};
-use crate::tls;
-use crate::upstream::{Nodes, Tried};
+use crate::telemetry::{AccessLog, Decision, Metrics};
+use crate::upstream::Nodes;
+use account::{RequestContext, status_written};
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::{StatusCode, header};
-use pingora_core::listeners::{L4BufferSettings, ListenerConfig};
 use pingora_core::modules::http::HttpModules;
 use pingora_core::protocols::Digest;
-use pingora_core::protocols::http::v2::server::H2Options;
-use pingora_core::server::configuration::ServerConf;
-use pingora_core::server::{ExecutionPhase, RunArgs, Server};
-use pingora_core::services::listening::Service;
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
-use pingora_proxy::{FailToProxy, HttpProxy, ProxyHttp, Session};
+use pingora_proxy::{FailToProxy, ProxyHttp, Session};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use stream::Connection;
-use tokio_rustls::TlsAcceptor;
 
 /// What all requests share.
 struct Shared {
@@ -57,181 +54,9 @@ struct Shared {
 /// Pingora's view of the gateway.
 pub struct Gateway(Arc<Shared>);
 
-/// What is kept of a request while it is under way.
-pub struct RequestContext {
-    began: Instant,
-    id: String,
-    connection: Option<Arc<Connection>>,
-    endpoint: Option<&'static Endpoint>,
-    operation: Option<&'static str>,
-    provider: Option<String>,
-    /// Of the group, for choosing its node: the same on every gateway and after every restart.
-    group_hash: Option<u128>,
-    group_pseudonym: Option<u128>,
-    body: forward::Body,
-    /// Time spent waiting for the client's body before the decision.
-    waited: Duration,
-    gateway_took: Option<Duration>,
-    forwarded_at: Option<Instant>,
-    ds_took: Option<Duration>,
-    tried: Tried,
-    node: Option<usize>,
-    token: Option<Reservation>,
-    used_token: bool,
-    decision: Decision,
-    /// What follows on the connection cannot be told from this request: it ends with the answer.
-    broken: bool,
-    /// A refusal met where Pingora only takes an error.
-    pending: Option<Refusal>,
-    refused: Option<(StatusCode, &'static str, Vec<String>)>,
-    /// The end of the node's answer has gone to the client.
-    answered: bool,
-    watch: Option<door::Watch>,
-    shared: Arc<Shared>,
-    accounted: bool,
-}
-
-impl Drop for RequestContext {
-    fn drop(&mut self) {
-        self.shared.metrics.in_flight.dec();
-        if !self.accounted {
-            // Dropped on the way: the client went away, or the request outlived its deadline.
-            self.shared.metrics.request(self.endpoint, self.decision, "", None);
-        }
-    }
-}
-
 /// What we know of the connection under a request.
 fn connection_of(digest: &Digest) -> Option<&Arc<Connection>> {
     digest.proxy_digest.as_ref()?.user_data.as_ref()?.downcast_ref()
-}
-
-/// Why the gateway cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// TLS cannot be set up.
-    #[error("TLS: {0}")]
-    Tls(#[from] tls::Error),
-    /// Metrics cannot be registered.
-    #[error("metrics: {0}")]
-    Metrics(#[from] prometheus::Error),
-    /// The access log cannot be opened.
-    #[error("access log: {0}")]
-    AccessLog(std::io::Error),
-    /// An address cannot be listened at.
-    #[error("{0}: {1}")]
-    Listen(std::net::SocketAddr, std::io::Error),
-    /// The system gives no randomness.
-    #[error("the system gives no randomness")]
-    Randomness,
-}
-
-/// Runs a gateway until it is told to stop: SIGTERM lets the requests under way end first, SIGINT does not.
-///
-/// # Errors
-/// [`StartError`].
-pub fn run(config: Config) -> std::result::Result<(), StartError> {
-    let (server, shared) = server(config)?;
-    let phases = server.watch_execution_phase();
-    let draining = shared.clone();
-    std::thread::spawn(move || drain(phases, &draining));
-    server.run(RunArgs::default());
-    shared.access_log.close();
-    Ok(())
-}
-
-/// Ends the process once it has been told to stop and nothing is under way; Pingora would wait for all of its grace
-/// period, however little there is to wait for.
-fn drain(mut phases: tokio::sync::broadcast::Receiver<ExecutionPhase>, shared: &Shared) {
-    loop {
-        match phases.blocking_recv() {
-            Ok(ExecutionPhase::ShutdownGracePeriod) => break,
-            Ok(ExecutionPhase::GracefulTerminate) => shared.draining.store(true, Ordering::Relaxed),
-            Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
-            Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
-        }
-    }
-    tracing::info!(requests = shared.metrics.in_flight.get(), "stopping: requests under way may end");
-    shared.draining.store(true, Ordering::Relaxed);
-    let mut quiet = 0;
-    // What HTTP/2 has been given to send is sent a little after the request has ended.
-    while shared.metrics.connections.get() > 0 && quiet < 10 {
-        std::thread::sleep(Duration::from_millis(25));
-        quiet = if shared.metrics.in_flight.get() > 0 { 0 } else { quiet + 1 };
-    }
-    shared.access_log.close();
-    std::process::exit(0);
-}
-
-fn server(config: Config) -> std::result::Result<(Server, Arc<Shared>), StartError> {
-    // Pingora panics where it cannot bind; said before, it is an error.
-    for address in config.listeners.iter().map(|l| l.address).chain([config.admin]) {
-        std::net::TcpListener::bind(address).map_err(|e| StartError::Listen(address, e))?;
-    }
-    let metrics = Metrics::new(&config.peers.named)?;
-    let counters = config.policy.limits.iter().map(|l| metrics.limit(&l.name, l.enforce)).collect();
-    let store = Memory::new(config.limit_memory, config.policy.overflow_buckets(), metrics.limits_overflowed.clone());
-    let secret = crate::config::random().ok_or(StartError::Randomness)?;
-    let shared = Arc::new(Shared {
-        admission: Admission::new(config.policy, Arc::new(store), secret, counters),
-        provider: config.provider,
-        peers: config.peers,
-        timeouts: config.timeouts,
-        max_body: config.max_body,
-        privacy_pass: config.privacy_pass,
-        nodes: Nodes::new(config.upstream),
-        access_log: AccessLog::open(&config.access_log).map_err(StartError::AccessLog)?,
-        metrics,
-        draining: AtomicBool::new(false),
-    });
-
-    let conf = ServerConf {
-        threads: config.threads,
-        work_stealing: config.threads > 1,
-        upstream_keepalive_pool_size: 1024,
-        grace_period_seconds: Some(config.timeouts.shutdown.as_secs().max(1)),
-        graceful_shutdown_timeout_seconds: Some(1),
-        max_retries: 16,
-        ..ServerConf::default()
-    };
-    let mut server = Server::new_with_opt_and_conf(None, conf);
-    server.bootstrap();
-    for listener in &config.listeners {
-        let mut proxy = HttpProxy::new(Gateway(shared.clone()), server.configuration.clone());
-        proxy.h2_options = Some(h2_options());
-        let mut options = pingora_core::apps::HttpServerOptions::default();
-        // CONNECT is a method like others here: no endpoint has it.
-        options.allow_connect_method_proxying = true;
-        options.h2_idle_timeout = Some(config.timeouts.keepalive);
-        proxy.server_options = Some(options);
-        proxy.handle_init_modules();
-        let tls = tls::server_config(config.certificates.clone(), &listener.client_auth)?;
-        let door = door::Door {
-            requests: Arc::new(door::Requests(Arc::new(proxy))),
-            acceptor: TlsAcceptor::from(Arc::new(tls)),
-            shared: shared.clone(),
-        };
-        let mut service = Service::new(format!("federation {}", listener.address), door);
-        // rustls has buffers of its own, of the size of its records.
-        let buffers = L4BufferSettings::unbuffered();
-        service.add_listener(ListenerConfig::tcp(listener.address.to_string()).l4_buffer(buffers));
-        server.add_service(service);
-    }
-    let mut admin = Service::new("admin".to_owned(), admin::Admin(shared.clone()));
-    admin.threads = Some(1);
-    admin.add_tcp(&config.admin.to_string());
-    server.add_service(admin);
-    Ok((server, shared))
-}
-
-fn h2_options() -> H2Options {
-    let mut options = H2Options::default();
-    options
-        .max_concurrent_streams(100)
-        .max_header_list_size(16 * 1024)
-        .initial_window_size(256 * 1024)
-        .initial_connection_window_size(1024 * 1024);
-    options
 }
 
 impl Gateway {
@@ -465,34 +290,7 @@ impl ProxyHttp for Gateway {
     type CTX = RequestContext;
 
     fn new_ctx(&self) -> RequestContext {
-        self.0.metrics.in_flight.inc();
-        RequestContext {
-            began: Instant::now(),
-            id: uuid::Uuid::now_v7().simple().to_string(),
-            connection: None,
-            endpoint: None,
-            operation: None,
-            provider: None,
-            group_hash: None,
-            group_pseudonym: None,
-            body: forward::Body::new(0, Duration::ZERO),
-            waited: Duration::ZERO,
-            gateway_took: None,
-            forwarded_at: None,
-            ds_took: None,
-            tried: Tried::default(),
-            node: None,
-            token: None,
-            used_token: false,
-            decision: Decision::Aborted,
-            broken: false,
-            pending: None,
-            refused: None,
-            answered: false,
-            watch: door::WATCH.try_with(Clone::clone).ok(),
-            shared: self.0.clone(),
-            accounted: false,
-        }
+        RequestContext::new(&self.0)
     }
 
     fn init_downstream_modules(&self, _: &mut HttpModules) {
@@ -711,64 +509,6 @@ impl ProxyHttp for Gateway {
     }
 
     async fn logging(&self, session: &mut Session, _: Option<&Error>, ctx: &mut RequestContext) {
-        let shared = &self.0;
-        ctx.accounted = true;
-        let reason = ctx.refused.as_ref().map(|(_, reason, _)| *reason);
-        let provider = ctx.provider.as_deref().map(|p| Metrics::provider_label(&shared.peers.named, p));
-        shared.metrics.request(ctx.endpoint, ctx.decision, reason.unwrap_or_default(), provider);
-        if let Some(endpoint) = ctx.endpoint {
-            if let Some(took) = ctx.gateway_took {
-                shared.metrics.gateway_took(endpoint, took);
-            }
-            if let Some(took) = ctx.ds_took {
-                shared.metrics.ds_took(endpoint, took);
-            }
-        }
-        if !shared.access_log.is_on() {
-            return;
-        }
-        let micros = |took: Duration| u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        let status = status_written(session).map_or(0, |status| status.as_u16());
-        let request = session.req_header();
-        shared.access_log.write(&Line {
-            time: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
-            request_id: &ctx.id,
-            client: ctx.connection.as_ref().map(|c| c.client.ip().to_string()).unwrap_or_default(),
-            provider: ctx.provider.as_deref(),
-            http: if request.version == http::Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" },
-            method: method_label(&request.method),
-            endpoint: ctx.endpoint.map(|e| e.name),
-            operation: ctx.operation,
-            group: ctx.group_pseudonym.map(|hash| format!("{:016x}", hash as u64)),
-            status,
-            decision: ctx.decision.label(),
-            reason,
-            limits: ctx.refused.take().map(|(_, _, limits)| limits).unwrap_or_default(),
-            token: ctx.used_token,
-            body_in: session.body_bytes_read(),
-            body_out: session.body_bytes_sent(),
-            gateway_us: ctx.gateway_took.map(micros).unwrap_or_default(),
-            ds_us: ctx.ds_took.map(micros),
-            node: ctx.node.and_then(|n| shared.nodes.settings().nodes.get(n)).map(|n| n.address.to_string()),
-        });
-    }
-}
-
-/// The status of the answer that has begun to go out; to go on (100) is none.
-fn status_written(session: &Session) -> Option<StatusCode> {
-    session.response_written().map(|response| response.status).filter(|status| !status.is_informational())
-}
-
-/// A method is the client's word: the log has those of HTTP, and "other".
-fn method_label(method: &http::Method) -> &'static str {
-    match method.as_str() {
-        "GET" => "GET",
-        "POST" => "POST",
-        "PUT" => "PUT",
-        "HEAD" => "HEAD",
-        "DELETE" => "DELETE",
-        "OPTIONS" => "OPTIONS",
-        "CONNECT" => "CONNECT",
-        _ => "other",
+        ctx.account(session);
     }
 }

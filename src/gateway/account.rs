@@ -1,0 +1,154 @@
+//! Account: what is kept of a request while it is under way, and what is said of it when it has ended.
+
+use super::stream::Connection;
+use super::{Shared, door, forward};
+use crate::dialect::Endpoint;
+use crate::privacypass::Reservation;
+use crate::problem::Refusal;
+use crate::telemetry::{Decision, Line, Metrics};
+use crate::upstream::Tried;
+use http::StatusCode;
+use pingora_proxy::Session;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What is kept of a request while it is under way.
+pub struct RequestContext {
+    pub(super) began: Instant,
+    pub(super) id: String,
+    pub(super) connection: Option<Arc<Connection>>,
+    pub(super) endpoint: Option<&'static Endpoint>,
+    pub(super) operation: Option<&'static str>,
+    pub(super) provider: Option<String>,
+    /// Of the group, for choosing its node: the same on every gateway and after every restart.
+    pub(super) group_hash: Option<u128>,
+    pub(super) group_pseudonym: Option<u128>,
+    pub(super) body: forward::Body,
+    /// Time spent waiting for the client's body before the decision.
+    pub(super) waited: Duration,
+    pub(super) gateway_took: Option<Duration>,
+    pub(super) forwarded_at: Option<Instant>,
+    pub(super) ds_took: Option<Duration>,
+    pub(super) tried: Tried,
+    pub(super) node: Option<usize>,
+    pub(super) token: Option<Reservation>,
+    pub(super) used_token: bool,
+    pub(super) decision: Decision,
+    /// What follows on the connection cannot be told from this request: it ends with the answer.
+    pub(super) broken: bool,
+    /// A refusal met where Pingora only takes an error.
+    pub(super) pending: Option<Refusal>,
+    pub(super) refused: Option<(StatusCode, &'static str, Vec<String>)>,
+    /// The end of the node's answer has gone to the client.
+    pub(super) answered: bool,
+    pub(super) watch: Option<door::Watch>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) accounted: bool,
+}
+
+impl Drop for RequestContext {
+    fn drop(&mut self) {
+        self.shared.metrics.in_flight.dec();
+        if !self.accounted {
+            // Dropped on the way: the client went away, or the request outlived its deadline.
+            self.shared.metrics.request(self.endpoint, self.decision, "", None);
+        }
+    }
+}
+
+impl RequestContext {
+    /// A request whose head is in.
+    pub(super) fn new(shared: &Arc<Shared>) -> Self {
+        shared.metrics.in_flight.inc();
+        Self {
+            began: Instant::now(),
+            id: uuid::Uuid::now_v7().simple().to_string(),
+            connection: None,
+            endpoint: None,
+            operation: None,
+            provider: None,
+            group_hash: None,
+            group_pseudonym: None,
+            body: forward::Body::new(0, Duration::ZERO),
+            waited: Duration::ZERO,
+            gateway_took: None,
+            forwarded_at: None,
+            ds_took: None,
+            tried: Tried::default(),
+            node: None,
+            token: None,
+            used_token: false,
+            decision: Decision::Aborted,
+            broken: false,
+            pending: None,
+            refused: None,
+            answered: false,
+            watch: door::WATCH.try_with(Clone::clone).ok(),
+            shared: shared.clone(),
+            accounted: false,
+        }
+    }
+
+    /// Says what became of it: in metrics, and in the access log.
+    pub(super) fn account(&mut self, session: &Session) {
+        let shared = self.shared.clone();
+        self.accounted = true;
+        let reason = self.refused.as_ref().map(|(_, reason, _)| *reason);
+        let provider = self.provider.as_deref().map(|p| Metrics::provider_label(&shared.peers.named, p));
+        shared.metrics.request(self.endpoint, self.decision, reason.unwrap_or_default(), provider);
+        if let Some(endpoint) = self.endpoint {
+            if let Some(took) = self.gateway_took {
+                shared.metrics.gateway_took(endpoint, took);
+            }
+            if let Some(took) = self.ds_took {
+                shared.metrics.ds_took(endpoint, took);
+            }
+        }
+        if !shared.access_log.is_on() {
+            return;
+        }
+        let micros = |took: Duration| u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let status = status_written(session).map_or(0, |status| status.as_u16());
+        let request = session.req_header();
+        shared.access_log.write(&Line {
+            time: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
+            request_id: &self.id,
+            client: self.connection.as_ref().map(|c| c.client.ip().to_string()).unwrap_or_default(),
+            provider: self.provider.as_deref(),
+            http: if request.version == http::Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" },
+            method: method_label(&request.method),
+            endpoint: self.endpoint.map(|e| e.name),
+            operation: self.operation,
+            group: self.group_pseudonym.map(|hash| format!("{:016x}", hash as u64)),
+            status,
+            decision: self.decision.label(),
+            reason,
+            limits: self.refused.take().map(|(_, _, limits)| limits).unwrap_or_default(),
+            token: self.used_token,
+            body_in: session.body_bytes_read(),
+            body_out: session.body_bytes_sent(),
+            gateway_us: self.gateway_took.map(micros).unwrap_or_default(),
+            ds_us: self.ds_took.map(micros),
+            node: self.node.and_then(|n| shared.nodes.settings().nodes.get(n)).map(|n| n.address.to_string()),
+        });
+    }
+}
+
+/// The status of the answer that has begun to go out; to go on (100) is none.
+pub(super) fn status_written(session: &Session) -> Option<StatusCode> {
+    session.response_written().map(|response| response.status).filter(|status| !status.is_informational())
+}
+
+/// A method is the client's word: the log has those of HTTP, and "other".
+fn method_label(method: &http::Method) -> &'static str {
+    match method.as_str() {
+        "GET" => "GET",
+        "POST" => "POST",
+        "PUT" => "PUT",
+        "HEAD" => "HEAD",
+        "DELETE" => "DELETE",
+        "OPTIONS" => "OPTIONS",
+        "CONNECT" => "CONNECT",
+        _ => "other",
+    }
+}
