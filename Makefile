@@ -29,8 +29,8 @@ lint: setup ## Formatting and clippy
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 
 test: lint ## Formatting, clippy, and all tests; MOH_VECTORS=DIR has the shared vectors read, too
+	$(CARGO) test --locked --bench gateway -- --test
 	$(CARGO) test --locked --lib --bins --tests
-	$(CARGO) test --locked --benches --quiet -- --test
 
 bench: setup ## The benchmarks (criterion): target/criterion/report/index.html
 	$(CARGO) bench --locked

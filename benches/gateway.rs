@@ -93,6 +93,7 @@ fn decide(c: &mut Criterion) {
             covers: u128::MAX,
             key: *key,
             gcra: Gcra::new(1_000_000_000, Duration::from_secs(1), u32::MAX).unwrap(),
+            overrides: vec![],
             enforce: true,
             token: TokenUse::Off,
         })

@@ -36,6 +36,7 @@ fn a_decision_with_five_limits_allocates_nothing() {
         covers: u128::MAX,
         key: all,
         gcra,
+        overrides: vec![],
         enforce: true,
         token: TokenUse::Off,
     };

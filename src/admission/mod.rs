@@ -57,6 +57,8 @@ pub struct Limit {
     pub key: KeyParts,
     /// Rate and burst.
     pub gcra: Gcra,
+    /// Other rates and bursts, for authenticated providers by name, in lower case.
+    pub overrides: Vec<(String, Gcra)>,
     /// Whether it refuses; a shadow only counts.
     pub enforce: bool,
     /// What a token does.
@@ -64,6 +66,13 @@ pub struct Limit {
 }
 
 impl Limit {
+    /// Rate and burst for a provider, if it is authenticated.
+    #[inline]
+    fn gcra_for(&self, provider: Option<&str>) -> Gcra {
+        let own = |provider| self.overrides.iter().find(|(name, _)| name == provider);
+        provider.and_then(own).map_or(self.gcra, |(_, gcra)| *gcra)
+    }
+
     /// Whether it covers an operation.
     #[inline]
     pub fn covers(&self, operation: &Operation) -> bool {
@@ -249,7 +258,7 @@ impl Admission {
             };
             checks.push(Check {
                 key: mix.key(&parts),
-                gcra: limit.gcra,
+                gcra: limit.gcra_for(subject.provider),
                 cost: subject.cost,
                 enforce: limit.enforce,
                 overflow: OVERFLOWS * i,
@@ -269,11 +278,12 @@ impl Admission {
         for ((i, token_use), outcome) in asked.iter().zip(&outcomes) {
             let (Some(limit), Outcome::Refused(wait)) = (self.policy.limits.get(*i), outcome) else { continue };
             if limit.enforce {
+                let gcra = limit.gcra_for(subject.provider);
                 token_helps &= matches!(token_use, TokenUse::TopUp(_));
                 violated.push(Violated {
                     policy: limit.name.clone(),
-                    burst: u64::from(limit.gcra.burst()),
-                    window: crate::problem::seconds_up(limit.gcra.window()),
+                    burst: u64::from(gcra.burst()),
+                    window: crate::problem::seconds_up(gcra.window()),
                     retry_after: *wait,
                 });
             }
@@ -436,7 +446,15 @@ mod tests {
 
     fn limit(name: &str, key: KeyParts, burst: u32) -> Limit {
         let gcra = Gcra::new(1, Duration::from_secs(10), burst).unwrap();
-        Limit { name: name.into(), covers: u128::MAX, key, gcra, enforce: true, token: TokenUse::Off }
+        Limit {
+            name: name.into(),
+            covers: u128::MAX,
+            key,
+            gcra,
+            overrides: vec![],
+            enforce: true,
+            token: TokenUse::Off,
+        }
     }
 
     fn admission(limits: Vec<Limit>) -> Admission {
@@ -568,6 +586,17 @@ mod tests {
         assert!(pass(&key));
         assert!(!pass(&key));
         assert!((0..20).all(|_| pass(&message)), "what one endpoint's second limit let in is not another's");
+    }
+
+    #[test]
+    fn named_providers_have_rates_of_their_own() {
+        let large = Gcra::new(1, Duration::from_secs(10), 3).unwrap();
+        let parts = KeyParts { provider: true, ..KeyParts::default() };
+        let admission = admission(vec![Limit { overrides: vec![("a.example".into(), large)], ..limit("p", parts, 1) }]);
+        let count = |provider| (0..5).filter(|_| passes(&admission, &subject("192.0.2.1", provider, b"g", 1))).count();
+        assert_eq!(count(Some("a.example")), 3);
+        assert_eq!(count(Some("c.example")), 1);
+        assert_eq!(count(None), 1, "who is not authenticated has no name");
     }
 
     #[test]

@@ -192,12 +192,22 @@ pub(super) struct Limit {
     pub(super) key: Spanned<Vec<KeyPart>>,
     pub(super) rate: Spanned<Rate>,
     pub(super) burst: Spanned<u32>,
+    #[serde(default, rename = "override")]
+    pub(super) overrides: Vec<Override>,
     #[serde(default)]
     pub(super) mode: Mode,
     #[serde(default)]
     pub(super) token: Token,
     pub(super) token_rate: Option<Rate>,
     pub(super) token_burst: Option<Spanned<u32>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Override {
+    pub(super) provider: Spanned<String>,
+    pub(super) rate: Rate,
+    pub(super) burst: Spanned<u32>,
 }
 
 #[derive(Debug, Deserialize, Default)]

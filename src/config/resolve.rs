@@ -342,13 +342,7 @@ impl<'a> Resolver<'a> {
             (file::Token::Off, None, None) => TokenUse::Off,
             (file::Token::Required, None, None) => TokenUse::Required,
             (file::Token::TopUp, Some(rate), Some(burst)) => {
-                match Gcra::new(rate.count, rate.period, *burst.get_ref()) {
-                    Some(gcra) => TokenUse::TopUp(gcra),
-                    None => {
-                        self.wrong(burst, key("token_burst"), "a burst is at least 1 and comes back within a century, and no cell of a rate takes less than a nanosecond");
-                        TokenUse::Off
-                    }
-                }
+                self.gcra(rate, burst, &key("token_burst")).map_or(TokenUse::Off, TokenUse::TopUp)
             }
             (file::Token::TopUp, _, _) => {
                 self.wrong(at, key("token"), "top-up needs token_rate and token_burst: the second limit");
@@ -403,11 +397,21 @@ impl<'a> Resolver<'a> {
             let message = "no listener asks for client certificates: a provider is never authenticated";
             self.wrong(&table.key, key("key"), message);
         }
-        let rate = table.rate.get_ref();
-        let Some(gcra) = Gcra::new(rate.count, rate.period, *table.burst.get_ref()) else {
-            self.wrong(&table.burst, key("burst"), "a burst is at least 1 and comes back within a century, and no cell of a rate takes less than a nanosecond");
-            return None;
-        };
+        let gcra = self.gcra(*table.rate.get_ref(), &table.burst, &key("burst"));
+        let mut overrides: Vec<(String, Gcra)> = vec![];
+        for (n, of) in table.overrides.iter().enumerate() {
+            let key = |part: &str| key(&format!("override[{n}].{part}"));
+            let name = self.name(&of.provider, &key("provider"), false);
+            let gcra = self.gcra(of.rate, &of.burst, &key("burst"));
+            if overrides.iter().any(|(other, _)| Some(other) == name.as_ref()) {
+                self.wrong(&of.provider, key("provider"), "another override is for this provider");
+            }
+            if !authenticates {
+                let message = "no listener asks for client certificates: a provider is never authenticated";
+                self.wrong(&of.provider, key("provider"), message);
+            }
+            overrides.extend(name.zip(gcra));
+        }
         let token = self.token(&table.name, table.token, table.token_rate, table.token_burst.as_ref(), key);
         if token == TokenUse::Required && table.mode == file::Mode::Shadow {
             self.wrong(&table.name, key("token"), "a shadow refuses nobody, so it can require no token");
@@ -416,10 +420,21 @@ impl<'a> Resolver<'a> {
             name: name.clone(),
             covers: covered.iter().fold(0, |bits, operation| bits | 1 << operation.id),
             key: parts,
-            gcra,
+            gcra: gcra?,
+            overrides,
             enforce: table.mode == file::Mode::Enforce,
             token,
         })
+    }
+
+    fn gcra(&mut self, rate: units::Rate, burst: &Spanned<u32>, key: &str) -> Option<Gcra> {
+        let gcra = Gcra::new(rate.count, rate.period, *burst.get_ref());
+        if gcra.is_none() {
+            let message = "a burst is at least 1 and comes back within a century, and no cell of a rate takes less than a \
+                           nanosecond";
+            self.wrong(burst, key, message);
+        }
+        gcra
     }
 
     fn covered(

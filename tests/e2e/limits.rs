@@ -100,6 +100,10 @@ endpoints = ["verification_key"]
 key = ["provider"]
 rate = "1/h"
 burst = 2
+[[limit.override]]
+provider = "c.example"
+rate = "1/h"
+burst = 3
 [[limit]]
 name = "target"
 endpoints = ["connection_key_packages"]
@@ -130,7 +134,7 @@ burst = 1
         statuses
     };
     assert_eq!(key(a, "a.example", 3).await, [200, 200, 429]);
-    assert_eq!(key(c, "c.example", 3).await, [200, 200, 429]);
+    assert_eq!(key(c, "c.example", 4).await, [200, 200, 200, 429], "with an override");
     assert_eq!(key(gateway.stranger(), "a.example", 3).await, [200, 200, 429], "strangers share one");
     assert_eq!(key(gateway.stranger(), "made-up.example", 1).await, [429], "whatever they call themselves");
 
