@@ -74,6 +74,13 @@ impl Tried {
         }
     }
 
+    /// Takes a node off: it has left the request untouched, and may have it again.
+    pub fn forget(&mut self, node: usize) {
+        if let Some(bits) = self.0.get_mut(node / 64) {
+            *bits &= !(1 << (node % 64));
+        }
+    }
+
     /// Whether it has been to any.
     pub fn any(self) -> bool {
         self.count() > 0

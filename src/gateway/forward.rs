@@ -85,6 +85,14 @@ pub(super) fn peer(node: &NodeSettings, settings: &Settings, timeouts: &Timeouts
     peer
 }
 
+/// Whether a node says that it has not begun with a request (RFC 9113 §6.8, §8.7): its stream was refused, or is beyond
+/// those that the node still serves before it closes the connection, as it does when it restarts.
+pub(super) fn was_left_untouched(e: &pingora_core::Error) -> bool {
+    let Some(e) = e.root_cause().downcast_ref::<h2::Error>().filter(|e| e.is_remote()) else { return false };
+    (e.is_reset() && e.reason() == Some(h2::Reason::REFUSED_STREAM))
+        || (e.is_go_away() && e.reason() == Some(h2::Reason::NO_ERROR))
+}
+
 /// Whether a field from outside says what only the gateway may say. Underscores are hyphens to some servers behind.
 fn is_ours_to_say(name: &HeaderName) -> bool {
     const NAMES: &[&str] = &[

@@ -381,13 +381,17 @@ impl ProxyHttp for Gateway {
     fn error_while_proxy(
         &self,
         _: &HttpPeer,
-        _: &mut Session,
+        session: &mut Session,
         mut e: Box<Error>,
-        _: &mut RequestContext,
+        ctx: &mut RequestContext,
         _: bool,
     ) -> Box<Error> {
-        // The Delivery Service may have begun to process it.
-        e.set_retry(false);
+        // Otherwise the Delivery Service may have begun to process it.
+        let again = forward::was_left_untouched(&e) && !session.as_ref().retry_buffer_truncated();
+        if again && let Some(node) = ctx.node.take() {
+            ctx.tried.forget(node);
+        }
+        e.set_retry(again);
         e
     }
 

@@ -307,3 +307,51 @@ async fn sigterm_lets_requests_end() {
     }
     assert!(gateway.ended().await.success());
 }
+
+/// A node that speaks h2c by hand: it resets the first `refused` streams with `reason`, and answers the others.
+async fn resetting_node(
+    refused: usize,
+    reason: h2::Reason,
+) -> (std::net::SocketAddr, tokio::sync::watch::Receiver<usize>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (seen, count) = tokio::sync::watch::channel(0);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let Ok(mut connection) = h2::server::handshake(stream).await else { continue };
+            while let Some(Ok((request, mut respond))) = connection.accept().await {
+                seen.send_modify(|n| *n += 1);
+                if *seen.borrow() <= refused {
+                    respond.send_reset(reason);
+                    continue;
+                }
+                tokio::spawn(async move {
+                    let mut body = request.into_body();
+                    let mut all = vec![];
+                    while let Some(Ok(chunk)) = body.data().await {
+                        body.flow_control().release_capacity(chunk.len()).unwrap();
+                        all.extend(chunk);
+                    }
+                    let mut send = respond.send_response(http::Response::new(()), false).unwrap();
+                    send.send_data(all.into(), true).unwrap();
+                });
+            }
+        }
+    });
+    (address, count)
+}
+
+#[tokio::test]
+async fn what_a_node_left_untouched_is_sent_again_and_nothing_else() {
+    for (reason, status, tries) in
+        [(h2::Reason::REFUSED_STREAM, 200, 3), (h2::Reason::INTERNAL_ERROR, 502, 1), (h2::Reason::CANCEL, 502, 1)]
+    {
+        let (address, seen) = resetting_node(2, reason).await;
+        let gateway = Gateway::start(Setup::of_nodes(&[address]).h2c()).await;
+        let response = gateway.peer().send(Method::POST, "/group_operation", send_message()).await.unwrap();
+        assert_eq!((response.status.as_u16(), *seen.borrow()), (status, tries), "{reason:?}");
+        if status == 200 {
+            assert_eq!(response.body, send_message(), "whole, each time");
+        }
+    }
+}
