@@ -223,7 +223,7 @@ impl Gateway {
         }
     }
 
-    /// Answers a refusal. Where octets of the request are still to come, the connection ends with it.
+    /// Answers a refusal.
     async fn refuse(&self, session: &mut Session, ctx: &mut RequestContext, refusal: &Refusal) -> Result<()> {
         let status = refusal.status();
         let limits = match refusal {
@@ -239,18 +239,24 @@ impl Gateway {
         }
         response.insert_header(header::CONTENT_TYPE, "application/problem+json")?;
         response.insert_header(header::CONTENT_LENGTH, document.len())?;
-        if ctx.broken || refusal.closes() || !session.as_mut().is_body_done() {
-            session.set_keepalive(None);
-            if let Some(connection) = &ctx.connection {
-                connection.linger();
-            }
-        }
-        self.answer(session, response, document).await
+        ctx.broken |= refusal.closes();
+        self.answer(session, ctx, response, document).await
     }
 
-    /// Writes an answer of the gateway's own, within a time: a client that does not read is not waited for.
-    async fn answer(&self, session: &mut Session, response: ResponseHeader, body: Bytes) -> Result<()> {
-        if self.0.draining.load(Ordering::Relaxed) {
+    /// Writes an answer of the gateway's own, within a time: a client that does not read is not waited for. Where octets of
+    /// the request are still to come, or cannot be told from the next one's, the connection ends with it.
+    async fn answer(
+        &self,
+        session: &mut Session,
+        ctx: &RequestContext,
+        response: ResponseHeader,
+        body: Bytes,
+    ) -> Result<()> {
+        let cut_short = ctx.broken || !session.as_mut().is_body_done();
+        if cut_short && let Some(connection) = &ctx.connection {
+            connection.linger();
+        }
+        if cut_short || self.0.draining.load(Ordering::Relaxed) {
             session.set_keepalive(None);
         }
         let write = async {
@@ -275,13 +281,7 @@ impl Gateway {
         response.insert_header(header::CONTENT_TYPE, "text/plain")?;
         response.insert_header(header::CONTENT_LENGTH, domain.len())?;
         response.insert_header(header::CACHE_CONTROL, "max-age=3600")?;
-        if !session.as_mut().is_body_done() {
-            session.set_keepalive(None);
-            if let Some(connection) = &ctx.connection {
-                connection.linger();
-            }
-        }
-        self.answer(session, response, domain).await
+        self.answer(session, ctx, response, domain).await
     }
 }
 
