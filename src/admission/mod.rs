@@ -15,7 +15,7 @@ use siphasher::sip128::{SipHasher13, SipHasher24};
 use smallvec::SmallVec;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What of a request a limit's key is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -127,6 +127,9 @@ pub enum Decision {
     },
 }
 
+/// Tokens of a source that may fail to verify in a minute.
+pub const BAD_TOKENS: u32 = 60;
+
 /// What each limit that was asked said: by its place in the policy.
 pub type Tally = SmallVec<[(usize, Outcome); 12]>;
 
@@ -164,9 +167,9 @@ impl std::fmt::Debug for Admission {
 
 impl Policy {
     /// Overflow buckets a store needs: one for each limit, and one for each second limit it may have: its own, or an
-    /// endpoint's.
+    /// endpoint's; and one for bad tokens.
     pub fn overflow_buckets(&self) -> usize {
-        self.limits.len() * OVERFLOWS
+        self.limits.len() * OVERFLOWS + 1
     }
 
     /// What a token does for `limit` at `operation`: as the limit says, else as the endpoint does.
@@ -289,6 +292,33 @@ impl Admission {
             }
         }
         (Decision::Refuse { violated, token_helps }, tally)
+    }
+
+    /// Whether a source may try a token, or (`charge`) that one of its tokens did not verify: [`BAD_TOKENS`] a minute, and as
+    /// many at once.
+    ///
+    /// # Errors
+    /// The limit it exceeds.
+    pub fn token_attempt(&self, ip: IpAddr, charge: bool) -> Result<(), Violated> {
+        let now = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1);
+        let Some(gcra) = Gcra::new(BAD_TOKENS, Duration::from_secs(60), BAD_TOKENS) else { return Ok(()) };
+        let check = Check {
+            key: Key(self.sip(9, &self.source(ip).to_be_bytes())),
+            gcra,
+            cost: 1,
+            enforce: true,
+            overflow: self.policy.limits.len() * OVERFLOWS,
+            top_up: None,
+        };
+        let mut outcomes = Outcomes::new();
+        if self.store.decide(now, &[check], charge, &mut outcomes) {
+            return Ok(());
+        }
+        let retry_after = outcomes.first().and_then(|outcome| match outcome {
+            Outcome::Refused(wait) => *wait,
+            Outcome::Allowed | Outcome::ToppedUp => None,
+        });
+        Err(Violated { policy: "bad-tokens".into(), burst: u64::from(BAD_TOKENS), window: 60, retry_after })
     }
 
     /// Counts what the limits said of a request: refusals always, the rest only of requests that none refused.
@@ -438,7 +468,6 @@ impl Mix {
 mod tests {
     use super::*;
     use crate::limiter::memory::Memory;
-    use std::time::Duration;
 
     fn operation(name: &str) -> &'static Operation {
         dialect::operations().find(|o| o.name == name).unwrap()

@@ -42,6 +42,13 @@ pub struct RequestContext {
     /// The end of the node's answer has gone to the client.
     pub(super) answered: bool,
     pub(super) watch: Option<door::Watch>,
+    /// An untouched request has been sent again to the node that left it so.
+    pub(super) resent: bool,
+    /// What the log says of it, if Pingora drops it without a word.
+    pub(super) http: &'static str,
+    pub(super) method: &'static str,
+    pub(super) status: u16,
+    pub(super) body_out: usize,
     pub(super) shared: Arc<Shared>,
     pub(super) accounted: bool,
 }
@@ -51,7 +58,8 @@ impl Drop for RequestContext {
         self.shared.metrics.in_flight.dec();
         if !self.accounted {
             // Dropped on the way: the client went away, or the request outlived its deadline.
-            self.shared.metrics.request(self.endpoint, self.decision, "", None);
+            let body_in = usize::try_from(self.body.passed()).unwrap_or(usize::MAX);
+            self.say(self.status, body_in, self.body_out);
         }
     }
 }
@@ -86,11 +94,29 @@ impl RequestContext {
             watch: door::WATCH.try_with(Clone::clone).ok(),
             shared: shared.clone(),
             accounted: false,
+            resent: false,
+            http: "",
+            method: "",
+            status: 0,
+            body_out: 0,
         }
     }
 
-    /// Says what became of it: in metrics, and in the access log.
+    /// Its head is in.
+    pub(super) fn begin(&mut self, session: &Session) {
+        let request = session.req_header();
+        self.http = if request.version == http::Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" };
+        self.method = method_label(&request.method);
+    }
+
+    /// Says what became of it.
     pub(super) fn account(&mut self, session: &Session) {
+        let status = status_written(session).map_or(0, |status| status.as_u16());
+        self.say(status, session.body_bytes_read(), session.body_bytes_sent());
+    }
+
+    /// In metrics, and in the access log.
+    fn say(&mut self, status: u16, body_in: usize, body_out: usize) {
         let shared = self.shared.clone();
         self.accounted = true;
         let reason = self.refused.as_ref().map(|(_, reason, _)| *reason);
@@ -108,15 +134,13 @@ impl RequestContext {
             return;
         }
         let micros = |took: Duration| u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        let status = status_written(session).map_or(0, |status| status.as_u16());
-        let request = session.req_header();
         shared.access_log.write(&Line {
             time: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
             request_id: &self.id,
             client: self.connection.as_ref().map(|c| c.client.ip().to_string()).unwrap_or_default(),
             provider: self.provider.as_deref(),
-            http: if request.version == http::Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" },
-            method: method_label(&request.method),
+            http: self.http,
+            method: self.method,
             endpoint: self.endpoint.map(|e| e.name),
             operation: self.operation,
             group: self.group_pseudonym.map(|hash| format!("{:016x}", hash as u64)),
@@ -125,8 +149,8 @@ impl RequestContext {
             reason,
             limits: self.refused.take().map(|(_, _, limits)| limits).unwrap_or_default(),
             token: self.used_token,
-            body_in: session.body_bytes_read(),
-            body_out: session.body_bytes_sent(),
+            body_in,
+            body_out,
             gateway_us: self.gateway_took.map(micros).unwrap_or_default(),
             ds_us: self.ds_took.map(micros),
             node: self.node.and_then(|n| shared.nodes.settings().nodes.get(n)).map(|n| n.address.to_string()),

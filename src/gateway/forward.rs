@@ -43,6 +43,11 @@ impl Body {
         self.bound
     }
 
+    /// Octets that have passed.
+    pub(super) fn passed(&self) -> u64 {
+        self.passed
+    }
+
     /// When it must be in.
     pub(super) fn until(&self) -> Instant {
         self.until
@@ -88,6 +93,10 @@ pub(super) fn peer(node: &NodeSettings, settings: &Settings, timeouts: &Timeouts
 /// Whether a node says that it has not begun with a request (RFC 9113 §6.8, §8.7): its stream was refused, or is beyond
 /// those that the node still serves before it closes the connection, as it does when it restarts.
 pub(super) fn was_left_untouched(e: &pingora_core::Error) -> bool {
+    // The client's own reset says the same, of its own request.
+    if *e.esource() != pingora_core::ErrorSource::Upstream {
+        return false;
+    }
     let Some(e) = e.root_cause().downcast_ref::<h2::Error>().filter(|e| e.is_remote()) else { return false };
     (e.is_reset() && e.reason() == Some(h2::Reason::REFUSED_STREAM))
         || (e.is_go_away() && e.reason() == Some(h2::Reason::NO_ERROR))
@@ -104,6 +113,7 @@ fn is_ours_to_say(name: &HeaderName) -> bool {
         "via",
         "expect",
         "upgrade",
+        "http2-settings",
         "te",
     ];
     const PREFIXES: &[&str] = &["x-forwarded-", "x-moh-"];

@@ -17,7 +17,7 @@ pub use start::{StartError, run};
 use crate::admission::{Admission, Decision as Verdict, Peers, Subject, bind_sender};
 use crate::config::{Provider, Timeouts};
 use crate::dialect::{self, Envelope, NoRoute};
-use crate::privacypass::{Origin, Reservation};
+use crate::privacypass::{self, Origin, Reservation};
 use crate::problem::{Refusal, TokenProblem};
 use crate::telemetry::{AccessLog, Decision, Metrics};
 use crate::upstream::Nodes;
@@ -203,7 +203,16 @@ impl Gateway {
             Verdict::Pass { .. } => None,
             Verdict::Refuse { violated, .. } => Some(violated),
         };
-        let token = match (redeem(), missing) {
+        // To verify a token is dear, and one that fails is charged to no limit: who brings many has a limit for that.
+        let tries = privacypass::has_credential(headers);
+        if tries && let Err(violated) = admission.token_attempt(subject.ip, false) {
+            return Err(Refusal::Limited { violated: vec![violated], challenge: None });
+        }
+        let redeemed = redeem();
+        if matches!(redeemed, Err(Refusal::Token { problem: TokenProblem::BadAuthenticator, .. })) {
+            let _ = admission.token_attempt(subject.ip, true);
+        }
+        let token = match (redeemed, missing) {
             (Ok(token), _) => token,
             // A limit that a token would help with is a limit first.
             (Err(Refusal::Token { problem: TokenProblem::Missing, challenge }), Some(violated)) => {
@@ -298,6 +307,7 @@ impl ProxyHttp for Gateway {
     }
 
     async fn early_request_filter(&self, session: &mut Session, ctx: &mut RequestContext) -> Result<()> {
+        ctx.begin(session);
         ctx.connection = session.digest().and_then(connection_of).cloned();
         if let Some(connection) = &ctx.connection {
             connection.head_is_in();
@@ -387,8 +397,14 @@ impl ProxyHttp for Gateway {
         _: bool,
     ) -> Box<Error> {
         // Otherwise the Delivery Service may have begun to process it.
-        let again = forward::was_left_untouched(&e) && !session.as_ref().retry_buffer_truncated();
-        if again && let Some(node) = ctx.node.take() {
+        let again = forward::was_left_untouched(&e)
+            && status_written(session).is_none()
+            && !session.as_ref().retry_buffer_truncated();
+        // Once to the same node, on another connection; if it will not have it then, to the next.
+        if again
+            && !std::mem::replace(&mut ctx.resent, true)
+            && let Some(node) = ctx.node
+        {
             ctx.tried.forget(node);
         }
         e.set_retry(again);
@@ -440,6 +456,7 @@ impl ProxyHttp for Gateway {
         }
         ctx.ds_took = ctx.forwarded_at.map(|at| at.elapsed());
         ctx.decision = Decision::Forwarded;
+        ctx.status = response.status.as_u16();
         if self.0.draining.load(Ordering::Relaxed) {
             session.set_keepalive(None);
         }
@@ -458,23 +475,31 @@ impl ProxyHttp for Gateway {
     fn response_body_filter(
         &self,
         _: &mut Session,
-        _: &mut Option<Bytes>,
+        body: &mut Option<Bytes>,
         end: bool,
         ctx: &mut RequestContext,
     ) -> Result<Option<Duration>> {
+        ctx.body_out += body.as_ref().map_or(0, Bytes::len);
         ctx.answered |= end;
         Ok(None)
     }
 
     async fn fail_to_proxy(&self, session: &mut Session, e: &Error, ctx: &mut RequestContext) -> FailToProxy {
-        if ctx.answered {
+        let downstream = *e.esource() == ErrorSource::Downstream;
+        let unread = matches!(e.etype(), ErrorType::WriteError | ErrorType::WriteTimedout);
+        let reset = matches!(e.etype(), ErrorType::ConnectionClosed | ErrorType::H2Error)
+            || e.root_cause().downcast_ref::<h2::Error>().is_some();
+        if ctx.answered && !(downstream && unread) {
             // The whole answer is out; what is missing is the rest of a body that nobody needs.
             return FailToProxy { error_code: 0, can_reuse_downstream: false };
         }
-        let gone = matches!(
-            e.etype(),
-            ErrorType::ConnectionClosed | ErrorType::WriteError | ErrorType::WriteTimedout | ErrorType::H2Error
-        );
+        // A client that is gone, or that sends more while its request is with the Delivery Service: that is not said to be
+        // no request, for it may well be done.
+        let after_body = ctx.forwarded_at.is_some() && session.as_mut().is_body_done();
+        if downstream && ctx.pending.is_none() && (unread || reset || after_body) {
+            ctx.decision = Decision::Aborted;
+            return FailToProxy { error_code: 0, can_reuse_downstream: false };
+        }
         let refusal = match (ctx.pending.take(), e.esource()) {
             (Some(refusal), _) => refusal,
             (None, ErrorSource::Upstream) => match e.etype() {
@@ -488,10 +513,6 @@ impl ProxyHttp for Gateway {
             },
             (None, ErrorSource::Downstream) => match e.etype() {
                 ErrorType::ReadTimedout => Refusal::TooSlow,
-                _ if gone => {
-                    ctx.decision = Decision::Aborted;
-                    return FailToProxy { error_code: 0, can_reuse_downstream: false };
-                }
                 _ => Refusal::BadHttp("the body's framing is wrong"),
             },
             (None, _) => Refusal::Internal,

@@ -70,8 +70,9 @@ pub(super) fn check_framing(request: &RequestHeader) -> Result<(), Refusal> {
     {
         return Err(Refusal::BadHttp("Transfer-Encoding is not chunked alone"));
     }
+    // Empty elements of a list mean nothing (RFC 9110 §5.6.1).
     let known = |token: &[u8]| {
-        [&b"close"[..], b"keep-alive", b"te", b"upgrade"]
+        [&b""[..], b"close", b"keep-alive", b"te", b"upgrade", b"http2-settings"]
             .iter()
             .any(|known| token.trim_ascii().eq_ignore_ascii_case(known))
     };
@@ -109,7 +110,7 @@ pub(super) async fn peek(
     let deadline = Instant::now() + timeouts.body_total;
     let expects = session.req_header().headers.get(header::EXPECT);
     if expects.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
-        let _ = session.as_mut().write_continue_response().await;
+        let _ = tokio::time::timeout(timeouts.body_idle, session.as_mut().write_continue_response()).await;
     }
     let mut need = 0;
     loop {

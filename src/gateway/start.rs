@@ -52,8 +52,8 @@ pub fn run(config: Config) -> std::result::Result<(), StartError> {
     Ok(())
 }
 
-/// Ends the process once it has been told to stop and nothing is under way; Pingora would wait for all of its grace
-/// period, however little there is to wait for.
+/// Ends the process once it has been told to stop and no connection is left; Pingora would wait for all of its grace period,
+/// however little there is to wait for. At the end of that, `run` returns and the process ends all the same.
 fn drain(mut phases: tokio::sync::broadcast::Receiver<ExecutionPhase>, shared: &Shared) {
     loop {
         match phases.blocking_recv() {
@@ -65,11 +65,9 @@ fn drain(mut phases: tokio::sync::broadcast::Receiver<ExecutionPhase>, shared: &
     }
     tracing::info!(requests = shared.metrics.in_flight.get(), "stopping: requests under way may end");
     shared.draining.store(true, Ordering::Relaxed);
-    let mut quiet = 0;
-    // What HTTP/2 has been given to send is sent a little after the request has ended.
-    while shared.metrics.connections.get() > 0 && quiet < 10 {
-        std::thread::sleep(Duration::from_millis(25));
-        quiet = if shared.metrics.in_flight.get() > 0 { 0 } else { quiet + 1 };
+    // A connection is closed once all that HTTP/2 was given to send is sent; a request has ended before that.
+    while shared.metrics.connections.get() > 0 || shared.metrics.in_flight.get() > 0 {
+        std::thread::sleep(Duration::from_millis(10));
     }
     shared.access_log.close();
     std::process::exit(0);

@@ -227,7 +227,7 @@ async fn what_is_no_http_or_two_things_at_once() {
     {
         is(&raw(&gateway, &[head(&format!("Content-Length: {length}\r\n")).as_bytes(), &body]).await, 400);
     }
-    for named in ["content-type", "x-moh-provider", "host", "content-length", "close, authorization", ""] {
+    for named in ["content-type", "x-moh-provider", "host", "content-length", "close, authorization"] {
         let fields = format!("Content-Length: {length}\r\nConnection: {named}\r\n");
         is(&raw(&gateway, &[head(&fields).as_bytes(), &body]).await, 400);
     }
@@ -462,4 +462,49 @@ async fn a_ds_that_answers_before_the_body_is_in() {
     }
     let forwarded = "moh_gateway_requests_total{decision=\"forwarded\",endpoint=\"group_operation\",reason=\"\"}";
     assert_eq!(gateway.metric(forwarded).await, 2.0);
+    let lines = gateway.access_log(2).await;
+    assert_eq!(lines.len(), 2, "both have a line");
+    assert!(lines.iter().all(|line| line["decision"] == "forwarded" && line["status"] == 207), "{lines:?}");
+}
+
+#[tokio::test]
+async fn a_clients_reset_is_not_a_nodes() {
+    for h2c in [false, true] {
+        let ds = Ds::start().await;
+        let setup = Setup::of(&ds);
+        let gateway = Gateway::start(if h2c { setup.h2c() } else { setup }).await;
+        let stream = raw_tls(gateway.addr, "ds.b.example", &ca().pem(), &["h2"], None).await.unwrap();
+        let (mut client, connection) = h2::client::handshake(stream).await.unwrap();
+        tokio::spawn(connection);
+        let request = http::Request::post("https://ds.b.example/group_operation")
+            .header("content-type", "application/octet-stream")
+            .body(())
+            .unwrap();
+        client = client.ready().await.unwrap();
+        let (_response, mut body) = client.send_request(request, false).unwrap();
+        body.send_data(large_message(500).into(), false).unwrap();
+        assert!(ds.until(|ds| ds.begun() == 1).await);
+        body.send_reset(h2::Reason::REFUSED_STREAM);
+        settles(&gateway, Duration::from_secs(5)).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(ds.begun(), 1, "a stranger makes nobody ask the DS again");
+        assert_eq!(gateway.access_log(1).await[0]["decision"], "aborted");
+    }
+}
+
+#[tokio::test]
+async fn what_follows_a_request_does_not_unmake_it() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    ds.set_delay(Duration::from_millis(600));
+    let mut stream = raw_tls(gateway.addr, "ds.b.example", &ca().pem(), &["http/1.1"], None).await.unwrap();
+    let body = send_message();
+    let request = [head(&format!("Content-Length: {}\r\n", body.len())).into_bytes(), body].concat();
+    stream.write_all(&request).await.unwrap();
+    assert!(ds.until(|ds| ds.complete() == 1).await);
+    stream.write_all(b"\r\n").await.unwrap();
+    let mut answer = vec![];
+    let _ = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut answer)).await;
+    assert!(!answer.starts_with(b"HTTP/1.1 4"), "{}", String::from_utf8_lossy(&answer));
+    still_serves(&gateway, &ds).await;
 }

@@ -224,3 +224,27 @@ async fn full_means_refuse_not_forget() {
     assert!(full.header("retry-after").is_some());
     assert_eq!(problem(&ask(&client, &[&one]).await), "token-spent");
 }
+
+#[tokio::test]
+async fn bad_tokens_have_a_limit_of_their_own() {
+    let ds = Ds::start().await;
+    let gateway = start(&ds, REQUIRED).await;
+    let client = gateway.stranger();
+    let challenge = challenges(&ask(&client, &[]).await.headers).remove(0);
+    let token = issuer().token(&challenge).unwrap();
+    let mut bad = token.clone();
+    let mut verified = 0;
+    for n in 0..80u8 {
+        bad[100] = n;
+        bad[101] = token[101] ^ 1;
+        let response = ask(&client, &[&authorization(&bad)]).await;
+        match response.status.as_u16() {
+            401 => verified += 1,
+            429 => assert_eq!(response.json()["violated-policies"][0], "bad-tokens"),
+            other => panic!("{other}"),
+        }
+    }
+    assert!((60..=62).contains(&verified), "{verified} of 80 were verified");
+    assert_eq!(ask(&client, &[]).await.status, 401, "who brings none is only told to");
+    assert_eq!(ds.begun(), 0);
+}
