@@ -5,13 +5,14 @@
 //! all who lack it share one state, so that leaving something out is never a way around a limit.
 
 mod identity;
+mod keys;
 
 pub use identity::{PeerIdentity, Peers, bind_sender};
+use keys::{Hasher, Mix};
 
 use crate::dialect::{self, Member, Operation};
-use crate::limiter::{Check, Key, Outcome, Outcomes, Store, TopUp, gcra::Gcra};
+use crate::limiter::{Check, Outcome, Outcomes, Store, TopUp, gcra::Gcra};
 use crate::problem::Violated;
-use siphasher::sip128::{SipHasher13, SipHasher24};
 use smallvec::SmallVec;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -149,11 +150,9 @@ pub struct Admission {
     policy: Policy,
     counters: Vec<LimitCounters>,
     store: Arc<dyn Store>,
-    keys: (u64, u64),
+    hasher: Hasher,
     /// For each limit: its key, and its second limit's.
     mixes: Vec<(Mix, Mix)>,
-    /// Attributes that any limit's key asks for.
-    wanted: KeyParts,
     started: Instant,
 }
 
@@ -203,24 +202,10 @@ impl Policy {
 impl Admission {
     /// Limits at work, with their state in `store`. `secret` keys the hashes. `counters` are in the order of the limits.
     pub fn new(policy: Policy, store: Arc<dyn Store>, secret: [u8; 16], counters: Vec<LimitCounters>) -> Self {
-        let [a, b] = [0, 8].map(|at| {
-            let mut half = [0u8; 8];
-            half.iter_mut().zip(secret.iter().skip(at)).for_each(|(to, from)| *to = *from);
-            u64::from_le_bytes(half)
-        });
-        let mix =
-            |(i, limit): (usize, &Limit)| [false, true].map(|second| Mix::new((a, b), i, second, limit.key)).into();
+        let hasher = Hasher::new(secret, policy.limits.iter().map(|limit| limit.key), policy.ipv6_prefix);
+        let mix = |(i, limit): (usize, &Limit)| [false, true].map(|second| hasher.mix(i, second, limit.key)).into();
         let mixes = policy.limits.iter().enumerate().map(mix).collect();
-        let any = |part: fn(&KeyParts) -> bool| policy.limits.iter().any(|limit| part(&limit.key));
-        let wanted = KeyParts {
-            ip: any(|key| key.ip),
-            provider: any(|key| key.provider || key.group || key.member || key.target),
-            group: any(|key| key.group),
-            member: any(|key| key.member),
-            target: any(|key| key.target),
-            endpoint: any(|key| key.endpoint),
-        };
-        Self { policy, counters, store, keys: (a, b), mixes, wanted, started: Instant::now() }
+        Self { policy, counters, store, hasher, mixes, started: Instant::now() }
     }
 
     /// The policy.
@@ -230,7 +215,7 @@ impl Admission {
 
     /// A keyed hash of octets, for logs and for choosing a node: stable within the process, meaningless outside.
     pub fn pseudonym(&self, octets: &[u8]) -> u128 {
-        SipHasher24::new_with_keys(self.keys.0, self.keys.1 ^ 1).hash(octets).as_u128()
+        self.hasher.pseudonym(octets)
     }
 
     /// Asks all limits that cover a request together. `token`: one was brought and is good, so where a limit refuses, its
@@ -244,7 +229,7 @@ impl Admission {
     fn decide_at(&self, now: u64, subject: &Subject<'_>, token: bool, charge: bool) -> (Decision, Tally) {
         let mut checks: SmallVec<[Check; 12]> = SmallVec::new();
         let mut asked: SmallVec<[(usize, TokenUse); 12]> = SmallVec::new();
-        let parts = self.parts(subject);
+        let parts = self.hasher.parts(subject);
         for (i, (limit, (mix, second))) in self.policy.limits.iter().zip(&self.mixes).enumerate() {
             if !limit.covers(subject.operation) {
                 continue;
@@ -254,8 +239,7 @@ impl Admission {
                 TokenUse::TopUp(gcra) if token => {
                     // An endpoint's second limit is the endpoint's alone: others have other rates.
                     let endpoint = if limit.token == TokenUse::Off { 1 + endpoint_place(subject.operation) } else { 0 };
-                    let key = second.key(&parts).0.wrapping_add(second.secret.wrapping_mul(endpoint as u128));
-                    Some(TopUp { key: Key(key), gcra, overflow: OVERFLOWS * i + 1 + endpoint })
+                    Some(TopUp { key: second.key_at(&parts, endpoint), gcra, overflow: OVERFLOWS * i + 1 + endpoint })
                 }
                 _ => None,
             };
@@ -303,7 +287,7 @@ impl Admission {
         let now = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1);
         let Some(gcra) = Gcra::new(BAD_TOKENS, Duration::from_secs(60), BAD_TOKENS) else { return Ok(()) };
         let check = Check {
-            key: Key(self.sip(9, &self.source(ip).to_be_bytes())),
+            key: self.hasher.source_key(ip),
             gcra,
             cost: 1,
             enforce: true,
@@ -338,80 +322,7 @@ impl Admission {
             }
         }
     }
-
-    /// The attributes of a request that any limit asks for, hashed once for all limits.
-    #[inline]
-    fn parts(&self, subject: &Subject<'_>) -> [u128; PARTS] {
-        let hash = |tag: u64, octets: Option<&[u8]>| match octets {
-            Some(octets) => self.sip(tag, octets),
-            None => self.sip(tag | ABSENT, &[]),
-        };
-        let wanted = self.wanted;
-        let mut parts = [0; PARTS];
-        let [ip, provider, group, member, target, endpoint] = &mut parts;
-        if wanted.ip {
-            *ip = self.sip(1, &self.source(subject.ip).to_be_bytes());
-        }
-        if wanted.provider {
-            *provider = hash(2, subject.provider.map(str::as_bytes));
-        }
-        if wanted.group || wanted.member {
-            *group = hash(3, subject.group);
-        }
-        if wanted.member {
-            // A leaf index says nothing without its group.
-            let mut of_group = [0; 32];
-            let (in_group, id) = of_group.split_at_mut(16);
-            in_group.copy_from_slice(&group.to_be_bytes());
-            let tag = match subject.member {
-                Some(Member::LeafIndex(leaf)) => {
-                    id.copy_from_slice(&u128::from(leaf).to_be_bytes());
-                    4
-                }
-                Some(Member::KeyPackageRef(octets)) => {
-                    id.copy_from_slice(&self.sip(5, octets).to_be_bytes());
-                    5
-                }
-                Some(Member::UserKeyHash(octets)) => {
-                    id.copy_from_slice(&self.sip(6, octets).to_be_bytes());
-                    6
-                }
-                None => 4 | ABSENT,
-            };
-            *member = self.sip(tag, &of_group);
-        }
-        if wanted.target {
-            *target = hash(7, subject.target);
-        }
-        if wanted.endpoint {
-            *endpoint = self.sip(8, subject.operation.endpoint.as_bytes());
-        }
-        parts
-    }
-
-    #[inline]
-    fn sip(&self, tag: u64, octets: &[u8]) -> u128 {
-        SipHasher13::new_with_keys(self.keys.0 ^ tag, self.keys.1).hash(octets).as_u128()
-    }
-
-    /// A source: an IPv4 address, mapped or not, or an IPv6 prefix.
-    fn source(&self, ip: IpAddr) -> u128 {
-        match ip.to_canonical() {
-            IpAddr::V4(ip) => ip.to_ipv6_mapped().to_bits(),
-            IpAddr::V6(ip) => {
-                let host_bits = 128u32.saturating_sub(u32::from(self.policy.ipv6_prefix));
-                let mask = u128::MAX.checked_shl(host_bits).unwrap_or(0);
-                ip.to_bits() & mask
-            }
-        }
-    }
 }
-
-/// Attributes that keys are made of: ip, provider, group, member, target, endpoint.
-const PARTS: usize = 6;
-
-/// In a tag: the attribute is absent.
-const ABSENT: u64 = 1 << 32;
 
 /// Endpoints there may be at most, for overflow buckets of their own.
 const ENDPOINTS: usize = 32;
@@ -422,46 +333,6 @@ const OVERFLOWS: usize = 2 + ENDPOINTS;
 /// The place of an operation's endpoint among all of them.
 fn endpoint_place(operation: &Operation) -> usize {
     dialect::endpoints().position(|endpoint| endpoint.name == operation.endpoint).unwrap_or(ENDPOINTS - 1)
-}
-
-/// How a limit makes a key of a request's hashed attributes: a sum of products with secret factors. The attributes are
-/// outputs of a keyed hash that nobody outside sees, so keys of different attributes meet as seldom as random ones, at the
-/// price of a multiplication each and not of another hash.
-#[derive(Debug, Clone, Copy)]
-struct Mix {
-    base: u128,
-    factors: [u128; PARTS],
-    /// For what is not an attribute.
-    secret: u128,
-}
-
-impl Mix {
-    fn new(keys: (u64, u64), limit: usize, second: bool, parts: KeyParts) -> Self {
-        let secret = |n: u64| {
-            let mut octets = [0; 24];
-            let numbers = [limit as u64, u64::from(second), n];
-            octets.chunks_mut(8).zip(numbers).for_each(|(to, from)| to.copy_from_slice(&from.to_be_bytes()));
-            SipHasher24::new_with_keys(!keys.0, !keys.1).hash(&octets).as_u128()
-        };
-        // One provider must not spend another's quota by naming its groups.
-        let provider = parts.provider || parts.group || parts.member || parts.target;
-        // A member's hash holds its group already.
-        let used = [parts.ip, provider, parts.group, parts.member, parts.target, parts.endpoint];
-        let mut factors = [0; PARTS];
-        factors.iter_mut().zip(used).zip(1..).for_each(|((factor, used), n)| {
-            if used {
-                // Odd: no two values of an attribute have one product.
-                *factor = secret(n) | 1;
-            }
-        });
-        Self { base: secret(0), factors, secret: secret(1 + PARTS as u64) | 1 }
-    }
-
-    #[inline]
-    fn key(&self, parts: &[u128; PARTS]) -> Key {
-        let products = self.factors.iter().zip(parts).map(|(factor, part)| factor.wrapping_mul(*part));
-        Key(products.fold(self.base, u128::wrapping_add))
-    }
 }
 
 #[cfg(test)]
