@@ -321,16 +321,17 @@ async fn resetting_node(
             let Ok(mut connection) = h2::server::handshake(stream).await else { continue };
             while let Some(Ok((request, mut respond))) = connection.accept().await {
                 seen.send_modify(|n| *n += 1);
-                if *seen.borrow() <= refused {
-                    respond.send_reset(reason);
-                    continue;
-                }
+                let refuse = *seen.borrow() <= refused;
                 tokio::spawn(async move {
                     let mut body = request.into_body();
                     let mut all = vec![];
                     while let Some(Ok(chunk)) = body.data().await {
                         body.flow_control().release_capacity(chunk.len()).unwrap();
                         all.extend(chunk);
+                    }
+                    // Once the body is in: a reset that comes before it looks to Pingora like any failed write.
+                    if refuse {
+                        return respond.send_reset(reason);
                     }
                     let mut send = respond.send_response(http::Response::new(()), false).unwrap();
                     send.send_data(all.into(), true).unwrap();
