@@ -1,6 +1,7 @@
 //! Every refusal of the gateway, in one place: its status, its problem type (RFC 9457), its reason in metrics and log,
 //! and its header fields. Nothing of the Delivery Service, of other senders or of the configuration is in one.
 
+use crate::dialect::NoRoute;
 use crate::wire;
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use serde_json::json;
@@ -126,6 +127,15 @@ pub enum Refusal {
     GatewayTimeout,
     /// A fault of the gateway itself.
     Internal,
+}
+
+impl From<NoRoute> for Refusal {
+    fn from(no: NoRoute) -> Self {
+        match no {
+            NoRoute::UnknownPath => Self::UnknownPath,
+            NoRoute::WrongMethod { allow } => Self::WrongMethod { allow },
+        }
+    }
 }
 
 impl Refusal {

@@ -104,6 +104,11 @@ impl Nodes {
         &self.settings
     }
 
+    /// The address of a node, for a person.
+    pub fn address(&self, node: usize) -> Option<String> {
+        self.settings.nodes.get(node).map(|node| node.address.to_string())
+    }
+
     /// Chooses a node, by the hash of a group where there is one; none that the request has been to, none that is out.
     pub fn choose(&self, group: Option<u128>, tried: Tried) -> Option<(usize, NodeSettings)> {
         self.choose_at(Instant::now(), group, tried)

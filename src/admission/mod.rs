@@ -222,8 +222,12 @@ impl Admission {
     /// second limit is asked. `charge`: take the cells, if all pass. The tally is for [`Admission::account`], once for a
     /// request, however often it was asked about.
     pub fn decide(&self, subject: &Subject<'_>, token: bool, charge: bool) -> (Decision, Tally) {
-        let now = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1);
-        self.decide_at(now, subject, token, charge)
+        self.decide_at(self.now(), subject, token, charge)
+    }
+
+    /// Nanoseconds of this limiter's clock; never 0, which has always passed.
+    fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1)
     }
 
     fn decide_at(&self, now: u64, subject: &Subject<'_>, token: bool, charge: bool) -> (Decision, Tally) {
@@ -284,7 +288,6 @@ impl Admission {
     /// # Errors
     /// The limit it exceeds.
     pub fn token_attempt(&self, ip: IpAddr, charge: bool) -> Result<(), Violated> {
-        let now = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1);
         let Some(gcra) = Gcra::new(BAD_TOKENS, Duration::from_secs(60), BAD_TOKENS) else { return Ok(()) };
         let check = Check {
             key: self.hasher.source_key(ip),
@@ -295,7 +298,7 @@ impl Admission {
             top_up: None,
         };
         let mut outcomes = Outcomes::new();
-        if self.store.decide(now, &[check], charge, &mut outcomes) {
+        if self.store.decide(self.now(), &[check], charge, &mut outcomes) {
             return Ok(());
         }
         let retry_after = outcomes.first().and_then(|outcome| match outcome {

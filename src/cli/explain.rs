@@ -161,11 +161,9 @@ impl Explain {
         };
         let endpoint: &Endpoint = match dialect::route(&method, path) {
             Ok(endpoint) => endpoint,
-            Err(dialect::NoRoute::UnknownPath) => return refused(Refusal::UnknownPath),
-            Err(dialect::NoRoute::WrongMethod { allow }) => return refused(Refusal::WrongMethod { allow }),
+            Err(no) => return refused(no.into()),
         };
-        let bare = |host: &str| host.rsplit_once(':').map_or(host, |(name, _)| name).to_owned();
-        if host.is_some_and(|host| !provider.is_host(&bare(host))) {
+        if host.is_some_and(|host| !provider.is_authority(host)) {
             return refused(Refusal::Misdirected("Host"));
         }
         if endpoint.reader.is_none() {

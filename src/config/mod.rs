@@ -63,6 +63,14 @@ impl Provider {
         self.names.iter().any(|ours| name.is(ours))
     }
 
+    /// Whether an authority (`Host`, `:authority`) is ours, its port aside.
+    pub fn is_authority(&self, authority: &str) -> bool {
+        match authority.rsplit_once(':') {
+            Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => self.is_host(host),
+            _ => self.is_host(authority),
+        }
+    }
+
     /// Whether a Host or an SNI is ours.
     pub fn is_host(&self, host: &str) -> bool {
         self.ds_domain.eq_ignore_ascii_case(host) || self.names.iter().any(|ours| ours.eq_ignore_ascii_case(host))

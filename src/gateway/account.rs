@@ -153,7 +153,7 @@ impl RequestContext {
             body_out,
             gateway_us: self.gateway_took.map(micros).unwrap_or_default(),
             ds_us: self.ds_took.map(micros),
-            node: self.node.and_then(|n| shared.nodes.settings().nodes.get(n)).map(|n| n.address.to_string()),
+            node: self.node.and_then(|node| shared.nodes.address(node)),
         });
     }
 }

@@ -16,7 +16,7 @@ pub use start::{StartError, run};
 
 use crate::admission::{Admission, Decision as Verdict, Peers, Subject, bind_sender};
 use crate::config::{Provider, Timeouts};
-use crate::dialect::{self, Envelope, NoRoute};
+use crate::dialect::{self, Envelope};
 use crate::privacypass::{self, Origin, Reservation};
 use crate::problem::{Refusal, TokenProblem};
 use crate::telemetry::{AccessLog, Decision, Metrics};
@@ -71,10 +71,7 @@ impl Gateway {
         if request.uri.query().is_some() {
             return Err(Refusal::UnknownPath);
         }
-        let endpoint = dialect::route(&request.method, request.uri.path()).map_err(|no| match no {
-            NoRoute::UnknownPath => Refusal::UnknownPath,
-            NoRoute::WrongMethod { allow } => Refusal::WrongMethod { allow },
-        })?;
+        let endpoint = dialect::route(&request.method, request.uri.path())?;
         ctx.endpoint = Some(endpoint);
         self.check_host(request, &connection)?;
 
@@ -82,8 +79,7 @@ impl Gateway {
             let operation = endpoint.operations.first().copied().ok_or(Refusal::Internal)?;
             ctx.operation = Some(operation.name);
             // No body names a sender; a certificate does, by the first of its names.
-            ctx.provider = connection.identity.as_ref().and_then(|identity| identity.dns_names.first().cloned());
-            let provider = ctx.provider.clone();
+            let provider = connection.identity.as_ref().and_then(|identity| identity.dns_names.first().cloned());
             let subject = Subject {
                 ip: connection.client.ip(),
                 provider: provider.as_deref(),
@@ -93,7 +89,9 @@ impl Gateway {
                 target: None,
                 cost: 1,
             };
-            return self.limits_and_token(session, ctx, &subject);
+            let admitted = self.limits_and_token(session, ctx, &subject);
+            ctx.provider = provider;
+            return admitted;
         }
 
         peek::check_content(session.req_header())?;
@@ -129,11 +127,7 @@ impl Gateway {
         if hosts.next().is_some() {
             return Err(Refusal::BadHttp("the request has two Host fields"));
         }
-        let name = match host.rsplit_once(':') {
-            Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
-            _ => host,
-        };
-        if !self.0.provider.is_host(name) {
+        if !self.0.provider.is_authority(host) {
             return Err(Refusal::Misdirected("Host"));
         }
         match &connection.sni {
@@ -153,13 +147,13 @@ impl Gateway {
         ctx.operation = Some(envelope.operation.name);
         if let Some(group) = envelope.group_id {
             ctx.group_hash = Some(forward::group_hash(group));
-            ctx.group_pseudonym = Some(shared.admission.pseudonym(group));
+            // For the log alone.
+            ctx.group_pseudonym = shared.access_log.is_on().then(|| shared.admission.pseudonym(group));
         }
         if !shared.provider.is_recipient(&envelope.recipient) {
             return Err(Refusal::Misdirected("recipient"));
         }
-        ctx.provider = bind_sender(&envelope.sender, connection.identity.as_ref(), &shared.peers)?;
-        let provider = ctx.provider.clone();
+        let provider = bind_sender(&envelope.sender, connection.identity.as_ref(), &shared.peers)?;
         let subject = Subject {
             ip: connection.client.ip(),
             provider: provider.as_deref(),
@@ -169,7 +163,9 @@ impl Gateway {
             target: envelope.target,
             cost: envelope.cost,
         };
-        self.limits_and_token(session, ctx, &subject)
+        let admitted = self.limits_and_token(session, ctx, &subject);
+        ctx.provider = provider;
+        admitted
     }
 
     /// Limits before tokens: a token is dear to check. It is taken in hand before the limits are charged, and spent only
@@ -363,7 +359,7 @@ impl ProxyHttp for Gateway {
     ) -> Box<Error> {
         if let Some(node) = ctx.node.take() {
             self.0.nodes.eject(node);
-            let address = self.0.nodes.settings().nodes.get(node).map(|n| n.address.to_string()).unwrap_or_default();
+            let address = self.0.nodes.address(node).unwrap_or_default();
             self.0.metrics.ejections.with_label_values(&[address.as_str()]).inc();
             tracing::warn!(node = %address, "cannot connect to a Delivery Service node: {e}");
         }
