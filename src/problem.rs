@@ -1,6 +1,7 @@
 //! Every refusal of the gateway, in one place: its status, its problem type (RFC 9457), its reason in metrics and log,
 //! and its header fields. Nothing of the Delivery Service, of other senders or of the configuration is in one.
 
+use crate::admission::Unit;
 use crate::dialect::NoRoute;
 use crate::wire;
 use http::{HeaderName, HeaderValue, StatusCode, header};
@@ -10,18 +11,27 @@ use std::time::Duration;
 /// What the problem types of this gateway begin with; `docs/refusals.md` lists them.
 pub const TYPE_PREFIX: &str = "tag:moh-gateway.example,2026:problem:";
 
-/// The problem type of draft-ietf-httpapi-ratelimit-headers for an exceeded quota.
+/// The problem type of an exceeded quota (draft-ietf-httpapi-ratelimit-headers-11 §5.1).
 pub const QUOTA_EXCEEDED: &str = "https://iana.org/assignments/http-problem-types#quota-exceeded";
+
+/// The problem type of limits that cannot be asked for the moment (the same draft, §5.2).
+pub const REDUCED_CAPACITY: &str = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity";
 
 /// A limit that a request exceeds, as far as its sender may know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violated {
     /// The limit's name.
     pub policy: String,
-    /// Cells it lets through at once.
-    pub burst: u64,
-    /// Seconds in which a whole burst comes back.
-    pub window: u64,
+    /// As much as it lets through at once.
+    pub quota: u64,
+    /// Of what.
+    pub unit: Unit,
+    /// Seconds in which all of that comes back, where it comes back with time.
+    pub window: Option<u64>,
+    /// What is left of it.
+    pub left: u64,
+    /// Whose quota it is: the same for the same, and opaque.
+    pub partition: u64,
     /// When the request would pass. None: never, it costs more than the burst.
     pub retry_after: Option<Duration>,
 }
@@ -109,6 +119,11 @@ pub enum Refusal {
         /// `WWW-Authenticate`, where a token would help.
         challenge: Option<HeaderValue>,
     },
+    /// The store of these limits does not answer, and without it they let nobody pass.
+    LimitsUnavailable {
+        /// Their names.
+        policies: Vec<String>,
+    },
     /// A token is missing or no good.
     Token {
         /// What is wrong.
@@ -151,9 +166,9 @@ impl Refusal {
             Self::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
             Self::SenderMismatch | Self::PeerNotAllowed => StatusCode::FORBIDDEN,
             Self::Limited { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::Token { problem: TokenProblem::StoreFull, .. } | Self::NoNode { .. } => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::Token { problem: TokenProblem::StoreFull, .. }
+            | Self::NoNode { .. }
+            | Self::LimitsUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Token { .. } => StatusCode::UNAUTHORIZED,
             Self::BadGateway => StatusCode::BAD_GATEWAY,
             Self::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -175,6 +190,7 @@ impl Refusal {
             Self::SenderMismatch => "sender-mismatch",
             Self::PeerNotAllowed => "peer-not-allowed",
             Self::Limited { .. } => "limited",
+            Self::LimitsUnavailable { .. } => "limits-unavailable",
             Self::Token { problem, .. } => problem.name(),
             Self::NoNode { .. } => "no-node",
             Self::BadGateway => "bad-gateway",
@@ -196,6 +212,7 @@ impl Refusal {
             Self::SenderMismatch => "The sender is not the provider of the client certificate",
             Self::PeerNotAllowed => "The sender may not send here",
             Self::Limited { .. } => "A limit is exceeded",
+            Self::LimitsUnavailable { .. } => "Limits cannot be asked at the moment",
             Self::Token { problem, .. } => problem.title(),
             Self::NoNode { .. } => "The Delivery Service is not available",
             Self::BadGateway => "The Delivery Service could not be reached",
@@ -207,6 +224,7 @@ impl Refusal {
     fn type_uri(&self) -> String {
         match self {
             Self::Limited { .. } => QUOTA_EXCEEDED.to_owned(),
+            Self::LimitsUnavailable { .. } => REDUCED_CAPACITY.to_owned(),
             other => format!("{TYPE_PREFIX}{}", other.reason()),
         }
     }
@@ -235,6 +253,9 @@ impl Refusal {
                 Self::Limited { violated, .. } => {
                     let names: Vec<_> = violated.iter().map(|v| v.policy.as_str()).collect();
                     fields.insert("violated-policies".into(), json!(names));
+                }
+                Self::LimitsUnavailable { policies } => {
+                    fields.insert("violated-policies".into(), json!(policies));
                 }
                 _ => {}
             }
@@ -276,6 +297,7 @@ impl Refusal {
                     headers.extend(challenge.clone().map(|value| (header::WWW_AUTHENTICATE, value)));
                 }
             }
+            Self::LimitsUnavailable { .. } => headers.push((header::RETRY_AFTER, HeaderValue::from(1u64))),
             Self::NoNode { retry_after } => {
                 headers.push((header::RETRY_AFTER, HeaderValue::from(seconds_up(*retry_after).max(1))));
             }
@@ -303,6 +325,7 @@ pub const REASONS: &[&str] = &[
     "sender-mismatch",
     "peer-not-allowed",
     "limited",
+    "limits-unavailable",
     "token-missing",
     "token-malformed",
     "token-unknown-key",
@@ -322,7 +345,8 @@ pub fn seconds_up(duration: Duration) -> u64 {
     duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
 }
 
-/// `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10): lists of strings with parameters.
+/// `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-11 §3, §4): lists of strings with parameters. A
+/// partition key is a keyed hash of whose quota it is.
 fn rate_limit_fields(violated: &[Violated]) -> Vec<(HeaderName, HeaderValue)> {
     use sfv::{Integer, KeyRef, ListSerializer, StringRef};
     let mut policies = ListSerializer::new();
@@ -331,13 +355,20 @@ fn rate_limit_fields(violated: &[Violated]) -> Vec<(HeaderName, HeaderValue)> {
     let key = |name: &'static str| KeyRef::constant(name);
     for v in violated {
         let Ok(name) = StringRef::from_str(&v.policy) else { continue };
-        let policy = policies.bare_item(name);
-        let policy = policy.parameter(key("q"), integer(v.burst));
-        let _ = policy.parameter(key("w"), integer(v.window));
-        let limit = limits.bare_item(name).parameter(key("r"), integer(0));
-        if let Some(wait) = v.retry_after {
-            let _ = limit.parameter(key("t"), integer(seconds_up(wait)));
+        let partition = v.partition.to_be_bytes();
+        let mut policy = policies.bare_item(name).parameter(key("q"), integer(v.quota));
+        if let Some(unit) = v.unit.name().and_then(|unit| StringRef::from_str(unit).ok()) {
+            policy = policy.parameter(key("qu"), unit);
         }
+        if let Some(window) = v.window {
+            policy = policy.parameter(key("w"), integer(window));
+        }
+        let _ = policy.parameter(key("pk"), &partition[..]);
+        let mut limit = limits.bare_item(name).parameter(key("r"), integer(v.left));
+        if let Some(wait) = v.retry_after {
+            limit = limit.parameter(key("t"), integer(seconds_up(wait)));
+        }
+        let _ = limit.parameter(key("pk"), &partition[..]);
     }
     [("ratelimit-policy", policies.finish()), ("ratelimit", limits.finish())]
         .into_iter()
@@ -353,7 +384,15 @@ mod tests {
         let violated = waits
             .iter()
             .enumerate()
-            .map(|(i, wait)| Violated { policy: format!("p{i}"), burst: 10, window: 60, retry_after: *wait })
+            .map(|(i, wait)| Violated {
+                policy: format!("p{i}"),
+                quota: 10,
+                unit: if i == 0 { Unit::Requests } else { Unit::Octets },
+                window: Some(60),
+                left: i as u64,
+                partition: 1 + i as u64,
+                retry_after: *wait,
+            })
             .collect();
         Refusal::Limited { violated, challenge: None }
     }
@@ -367,8 +406,14 @@ mod tests {
     fn retry_after_is_the_longest_wait_rounded_up() {
         let refusal = limited(&[Some(Duration::from_millis(1001)), Some(Duration::from_millis(200))]);
         assert_eq!(get(&refusal, "retry-after").unwrap(), "2");
-        assert_eq!(get(&refusal, "ratelimit-policy").unwrap(), r#""p0";q=10;w=60, "p1";q=10;w=60"#);
-        assert_eq!(get(&refusal, "ratelimit").unwrap(), r#""p0";r=0;t=2, "p1";r=0;t=1"#);
+        assert_eq!(
+            get(&refusal, "ratelimit-policy").unwrap(),
+            r#""p0";q=10;w=60;pk=:AAAAAAAAAAE=:, "p1";q=10;qu="content-bytes";w=60;pk=:AAAAAAAAAAI=:"#
+        );
+        assert_eq!(
+            get(&refusal, "ratelimit").unwrap(),
+            r#""p0";r=0;t=2;pk=:AAAAAAAAAAE=:, "p1";r=1;t=1;pk=:AAAAAAAAAAI=:"#
+        );
     }
 
     #[test]

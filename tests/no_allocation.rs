@@ -4,11 +4,13 @@
 #[path = "support/encode.rs"]
 mod encode;
 
-use moh_gateway::admission::{Admission, Decision, KeyParts, Limit, Policy, Subject, TokenUse};
+use moh_gateway::admission::{Admission, Decision, KeyParts, Limit, Policy, Scope, Subject, TokenUse, Unit};
 use moh_gateway::dialect::moh::endpoint_by_path;
 use moh_gateway::limiter::gcra::Gcra;
 use moh_gateway::limiter::memory::Memory;
+use moh_gateway::limiter::{Limiter, OnFailure};
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 fn send_message() -> Vec<u8> {
@@ -32,18 +34,17 @@ fn a_decision_with_five_limits_allocates_nothing() {
     let all = KeyParts { ip: true, provider: true, group: true, member: true, target: true, endpoint: true };
     let gcra = Gcra::new(1, Duration::from_secs(1), 100).unwrap();
     let limit = |name: usize| Limit {
-        name: name.to_string(),
-        covers: u128::MAX,
-        key: all,
+        scope: Scope { name: name.to_string(), covers: u128::MAX, key: all, enforce: true, exempt: vec![] },
+        unit: Unit::Requests,
         gcra,
         overrides: vec![],
-        enforce: true,
         token: TokenUse::Off,
+        on_store_failure: OnFailure::Local,
     };
-    let policy = Policy { limits: (0..5).map(limit).collect(), endpoint_tokens: vec![], ipv6_prefix: 64 };
+    let policy = Policy { limits: (0..5).map(limit).collect(), ipv6_prefix: 64, ..Policy::default() };
     let overflowed = prometheus::IntCounter::new("o", "o").unwrap();
-    let store = Memory::new(1 << 20, policy.overflow_buckets(), overflowed);
-    let admission = Admission::new(policy, Arc::new(store), [1; 16], vec![]);
+    let limiter = Limiter::new(Memory::new(1 << 20, overflowed), None);
+    let admission = Admission::new(policy, Arc::new(limiter), [1; 16], vec![]);
     let body = send_message();
     let envelope = endpoint_by_path("/group_operation").unwrap().read(&body).unwrap();
     let subject = Subject {
@@ -54,9 +55,13 @@ fn a_decision_with_five_limits_allocates_nothing() {
         member: envelope.member,
         target: None,
         cost: 1,
+        octets: 100,
     };
     let counted = allocation_counter::measure(|| {
-        let (decision, tally) = admission.decide(&subject, false, true);
+        let decided = std::pin::pin!(admission.decide(&subject, false, true));
+        let Poll::Ready((decision, tally)) = decided.poll(&mut Context::from_waker(Waker::noop())) else {
+            panic!("a decision in memory waits for nothing");
+        };
         assert_eq!(decision, Decision::Pass { topped_up: false });
         admission.account(&tally);
     });

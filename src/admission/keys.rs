@@ -1,11 +1,13 @@
 //! Keys of limits' states: keyed hashes of the attributes that a limit's key names. Raw identifiers are not kept.
 //!
 //! An attribute is hashed once for a request, whatever number of limits ask for it; a limit mixes the hashes with secret
-//! factors of its own. One that a request does not have is hashed as absent: all who lack it share a state.
+//! factors of its own. One that a request does not have is hashed as absent: all who lack it share a state. A state belongs
+//! to a limit's name and to its rate: a reload that changes neither finds it again, and no state is read by another rate.
 
 use super::{KeyParts, Subject};
 use crate::dialect::Member;
 use crate::limiter::Key;
+use crate::limiter::gcra::Gcra;
 use siphasher::sip128::{SipHasher13, SipHasher24};
 use std::net::IpAddr;
 
@@ -25,13 +27,19 @@ pub(super) struct Hasher {
 }
 
 impl Hasher {
-    /// A hasher for limits with these keys. IPv6 sources are one by their first `ipv6_prefix` bits.
-    pub(super) fn new(secret: [u8; 16], keys: impl Iterator<Item = KeyParts> + Clone, ipv6_prefix: u8) -> Self {
+    /// A hasher for limits with these keys. IPv6 sources are one by their first `ipv6_prefix` bits. `provider`: it is wanted
+    /// whatever the keys ask for.
+    pub(super) fn new(
+        secret: [u8; 16],
+        keys: impl Iterator<Item = KeyParts> + Clone,
+        ipv6_prefix: u8,
+        provider: bool,
+    ) -> Self {
         let both = u128::from_le_bytes(secret);
         let any = |part: fn(&KeyParts) -> bool| keys.clone().any(|key| part(&key));
         let wanted = KeyParts {
             ip: any(|key| key.ip),
-            provider: any(|key| key.provider || key.group || key.member || key.target),
+            provider: provider || any(|key| key.provider || key.group || key.member || key.target),
             group: any(|key| key.group),
             member: any(|key| key.member),
             target: any(|key| key.target),
@@ -40,9 +48,26 @@ impl Hasher {
         Self { keys: ((both >> 64) as u64, both as u64), wanted, ipv6_prefix }
     }
 
-    /// How the limit at a place in the policy makes its keys; `second` for its second limit.
-    pub(super) fn mix(&self, limit: usize, second: bool, parts: KeyParts) -> Mix {
+    /// How a limit makes its keys; `second` for its second limit.
+    pub(super) fn mix(&self, limit: &str, second: bool, parts: KeyParts) -> Mix {
         Mix::new(self.keys, limit, second, parts)
+    }
+
+    /// What a rate adds to a key.
+    pub(super) fn salt(&self, gcra: &Gcra) -> Salt {
+        let numbers = [u128::from(gcra.increment(1)), gcra.window().as_nanos(), u128::from(gcra.burst())];
+        let octets: Vec<u8> = numbers.iter().flat_map(|n| n.to_be_bytes()).collect();
+        Salt(SipHasher24::new_with_keys(!self.keys.0, self.keys.1).hash(&octets).as_u128())
+    }
+
+    /// What an answer says of whose quota it is: the same for the same, and no more.
+    pub(super) fn partition(&self, key: Key) -> u64 {
+        SipHasher24::new_with_keys(self.keys.0, !self.keys.1).hash(&key.0.to_be_bytes()).as_u128() as u64
+    }
+
+    /// Of the attributes of a request, what stands for its provider.
+    pub(super) fn provider_of(parts: &[u128; PARTS]) -> u64 {
+        parts[1] as u64
     }
 
     /// A hash for logs: stable within the process, meaningless outside.
@@ -53,6 +78,11 @@ impl Hasher {
     /// The key of a source alone, outside of all limits.
     pub(super) fn source_key(&self, ip: IpAddr) -> Key {
         Key(self.sip(9, &self.source(ip).to_be_bytes()))
+    }
+
+    /// The overflow bucket of sources that bring bad tokens.
+    pub(super) fn bad_tokens(&self) -> Key {
+        Key(self.sip(9 | ABSENT, &[]))
     }
 
     /// The attributes of a request that any limit asks for, hashed once for all limits.
@@ -132,14 +162,26 @@ pub(super) struct Mix {
     factors: [u128; PARTS],
     /// For what is not an attribute.
     secret: u128,
+    overflow: u128,
+}
+
+/// What a rate adds to the keys of its states.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Salt(u128);
+
+impl Salt {
+    /// Of what has no rate.
+    pub(super) const NONE: Self = Self(0);
 }
 
 impl Mix {
-    fn new(keys: (u64, u64), limit: usize, second: bool, parts: KeyParts) -> Self {
-        let secret = |n: u64| {
-            let mut octets = [0; 24];
-            let numbers = [limit as u64, u64::from(second), n];
-            octets.chunks_mut(8).zip(numbers).for_each(|(to, from)| to.copy_from_slice(&from.to_be_bytes()));
+    fn new(keys: (u64, u64), limit: &str, second: bool, parts: KeyParts) -> Self {
+        // A limit that asks for other attributes is another limit.
+        let asks = [parts.ip, parts.provider, parts.group, parts.member, parts.target, parts.endpoint];
+        let secret = |n: u8| {
+            let mut octets = vec![n, u8::from(second)];
+            octets.extend(asks.map(u8::from));
+            octets.extend(limit.as_bytes());
             SipHasher24::new_with_keys(!keys.0, !keys.1).hash(&octets).as_u128()
         };
         // One provider must not spend another's quota by naming its groups.
@@ -153,17 +195,27 @@ impl Mix {
                 *factor = secret(n) | 1;
             }
         });
-        Self { base: secret(0), factors, secret: secret(1 + PARTS as u64) | 1 }
+        let own = 1 + PARTS as u8;
+        Self { base: secret(0), factors, secret: secret(own) | 1, overflow: secret(own + 1) }
     }
 
+    /// The key of a state at a rate.
     #[inline]
-    pub(super) fn key(&self, parts: &[u128; PARTS]) -> Key {
+    pub(super) fn key(&self, parts: &[u128; PARTS], salt: Salt) -> Key {
         let products = self.factors.iter().zip(parts).map(|(factor, part)| factor.wrapping_mul(*part));
-        Key(products.fold(self.base, u128::wrapping_add))
+        Key(products.fold(self.base, u128::wrapping_add).wrapping_add(salt.0))
     }
 
-    /// The key of the second limit that is one endpoint's alone; 0 for one that is not.
-    pub(super) fn key_at(&self, parts: &[u128; PARTS], endpoint: usize) -> Key {
-        Key(self.key(parts).0.wrapping_add(self.secret.wrapping_mul(endpoint as u128)))
+    /// The key that stands in for all that find no room.
+    #[inline]
+    pub(super) fn overflow(&self, salt: Salt) -> Key {
+        Key(self.overflow.wrapping_add(salt.0))
+    }
+
+    /// The limit that is one endpoint's alone; 0 for one that is not.
+    #[inline]
+    pub(super) fn at(&self, endpoint: usize) -> Self {
+        let shift = self.secret.wrapping_mul(endpoint as u128);
+        Self { base: self.base.wrapping_add(shift), overflow: self.overflow.wrapping_add(shift), ..*self }
     }
 }

@@ -1,96 +1,29 @@
 //! Who may come in: recipient, sender, limits, tokens; in this order, and with one answer, a [`Decision`].
 //!
-//! Policy is plain data, resolved from the configuration once. A limit's key is a keyed hash of the limit and of the
-//! attributes it names; the raw identifiers are not kept. An attribute that a request does not have is hashed as absent:
-//! all who lack it share one state, so that leaving something out is never a way around a limit.
+//! Policy is plain data, resolved from the configuration. A limit's key is a keyed hash of the limit and of the attributes
+//! it names; the raw identifiers are not kept. An attribute that a request does not have is hashed as absent: all who lack
+//! it share one state, so that leaving something out is never a way around a limit.
+//!
+//! There are limits of two kinds: a [`Limit`] has a rate, of requests or of the octets of their bodies, and its state is a
+//! [`Limiter`]'s; a [`Concurrency`] is how many requests may be under way at once.
 
 mod identity;
 mod keys;
+mod policy;
 
 pub use identity::{PeerIdentity, Peers, bind_sender};
-use keys::{Hasher, Mix};
+pub use policy::{Concurrency, KeyParts, Limit, Policy, Scope, TokenUse, Unit};
 
 use crate::dialect::{self, Member, Operation};
-use crate::limiter::{Check, Outcome, Outcomes, Store, TopUp, gcra::Gcra};
+use crate::limiter::in_flight::Ticket;
+use crate::limiter::{Ask, Check, Decided, Limiter, Outcome, Outcomes, TopUp, gcra::Gcra};
 use crate::problem::Violated;
+use keys::{Hasher, Mix, Salt};
 use smallvec::SmallVec;
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// What of a request a limit's key is made of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct KeyParts {
-    /// The source address, IPv6 by prefix.
-    pub ip: bool,
-    /// The authenticated provider.
-    pub provider: bool,
-    /// The MLS group.
-    pub group: bool,
-    /// The sending member of the group.
-    pub member: bool,
-    /// The user or client it is for.
-    pub target: bool,
-    /// The endpoint.
-    pub endpoint: bool,
-}
-
-/// What a Privacy Pass token does for a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum TokenUse {
-    /// Nothing.
-    #[default]
-    Off,
-    /// There is no request without one.
-    Required,
-    /// Where the limit is exceeded, one lets the request into this second limit.
-    TopUp(Gcra),
-}
-
-/// A limit.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limit {
-    /// Its name in the configuration, in metrics and in answers.
-    pub name: String,
-    /// A bit for each operation it covers, by [`Operation::id`].
-    pub covers: u128,
-    /// What its key is made of.
-    pub key: KeyParts,
-    /// Rate and burst.
-    pub gcra: Gcra,
-    /// Other rates and bursts, for authenticated providers by name, in lower case.
-    pub overrides: Vec<(String, Gcra)>,
-    /// Whether it refuses; a shadow only counts.
-    pub enforce: bool,
-    /// What a token does.
-    pub token: TokenUse,
-}
-
-impl Limit {
-    /// Rate and burst for a provider, if it is authenticated.
-    #[inline]
-    fn gcra_for(&self, provider: Option<&str>) -> Gcra {
-        let own = |provider| self.overrides.iter().find(|(name, _)| name == provider);
-        provider.and_then(own).map_or(self.gcra, |(_, gcra)| *gcra)
-    }
-
-    /// Whether it covers an operation.
-    #[inline]
-    pub fn covers(&self, operation: &Operation) -> bool {
-        self.covers >> operation.id & 1 == 1
-    }
-}
-
-/// All limits, and what tokens do at endpoints.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Policy {
-    /// The limits.
-    pub limits: Vec<Limit>,
-    /// What tokens do at an endpoint, by its operations' IDs; the default is nothing.
-    pub endpoint_tokens: Vec<(u8, TokenUse)>,
-    /// Bits of an IPv6 source address that are one source.
-    pub ipv6_prefix: u8,
-}
+use std::time::Duration;
 
 /// A request, as the limits see it.
 #[derive(Debug, Clone, Copy)]
@@ -107,8 +40,10 @@ pub struct Subject<'a> {
     pub member: Option<Member<'a>>,
     /// The user or client it is for.
     pub target: Option<&'a [u8]>,
-    /// Cells it takes.
+    /// Cells it takes of limits that count requests.
     pub cost: u32,
+    /// Octets of its body: as declared, else as many as have come.
+    pub octets: u32,
 }
 
 /// What the limits say of a request.
@@ -126,13 +61,40 @@ pub enum Decision {
         /// Whether all of these would let a token past.
         token_helps: bool,
     },
+    /// The store of these limits does not answer, and without it they let nobody pass.
+    Unavailable {
+        /// The limits' names.
+        policies: Vec<String>,
+    },
 }
 
 /// Tokens of a source that may fail to verify in a minute.
 pub const BAD_TOKENS: u32 = 60;
 
-/// What each limit that was asked said: by its place in the policy.
-pub type Tally = SmallVec<[(usize, Outcome); 12]>;
+/// What each limit that was asked said, for [`Admission::account`].
+#[derive(Debug, Clone, Default)]
+pub struct Tally {
+    /// By its place in the policy.
+    said: SmallVec<[(usize, Outcome); 12]>,
+    by: Decided,
+}
+
+/// Requests under way that a request counts among: it is one of them until this is dropped.
+pub type Tickets = SmallVec<[Ticket; 2]>;
+
+/// Limits of octets that a request has passed, for what of its body was not in when it did.
+#[derive(Debug, Clone, Default)]
+pub struct Owing {
+    checks: SmallVec<[Check; 1]>,
+    partition: u64,
+}
+
+impl Owing {
+    /// There are none.
+    pub fn is_empty(&self) -> bool {
+        self.checks.is_empty()
+    }
+}
 
 /// How often a limit said what.
 #[derive(Debug, Clone)]
@@ -143,17 +105,38 @@ pub struct LimitCounters {
     pub refused: prometheus::IntCounter,
     /// It did not, but a token did.
     pub topped_up: prometheus::IntCounter,
+    /// It was decided without the store that it belongs to.
+    pub without_store: prometheus::IntCounter,
 }
 
-/// The limits at work.
+/// The limits at work. A reload makes another one, over the same [`Limiter`].
 pub struct Admission {
     policy: Policy,
+    /// Of the limits with a rate, in their order, then of those of concurrency.
     counters: Vec<LimitCounters>,
-    store: Arc<dyn Store>,
+    limiter: Arc<Limiter>,
     hasher: Hasher,
-    /// For each limit: its key, and its second limit's.
-    mixes: Vec<(Mix, Mix)>,
-    started: Instant,
+    secret: [u8; 16],
+    /// For each limit with a rate.
+    bound: Vec<Bound>,
+    /// For each limit of concurrency.
+    concurrency: Vec<(Mix, Salt)>,
+}
+
+/// A limit, with what makes its keys.
+struct Bound {
+    mix: Mix,
+    salt: Salt,
+    second: Mix,
+    overrides: HashMap<String, (Gcra, Salt)>,
+}
+
+/// What is asked of the limits for a request.
+#[derive(Default)]
+struct Asked {
+    checks: SmallVec<[Check; 12]>,
+    of: SmallVec<[(usize, TokenUse); 12]>,
+    partition: u64,
 }
 
 impl std::fmt::Debug for Admission {
@@ -162,50 +145,25 @@ impl std::fmt::Debug for Admission {
     }
 }
 
-// === impl Policy ===
-
-impl Policy {
-    /// Overflow buckets a store needs: one for each limit, and one for each second limit it may have: its own, or an
-    /// endpoint's; and one for bad tokens.
-    pub fn overflow_buckets(&self) -> usize {
-        self.limits.len() * OVERFLOWS + 1
-    }
-
-    /// What a token does for `limit` at `operation`: as the limit says, else as the endpoint does.
-    fn token_use(&self, limit: &Limit, operation: &Operation) -> TokenUse {
-        match limit.token {
-            TokenUse::Off => self.endpoint_token(operation),
-            own => own,
-        }
-    }
-
-    fn endpoint_token(&self, operation: &Operation) -> TokenUse {
-        let of = self.endpoint_tokens.iter().find(|(id, _)| *id == operation.id);
-        of.map_or(TokenUse::Off, |(_, token)| *token)
-    }
-
-    /// Whether there is no request of this operation without a token.
-    pub fn token_required(&self, operation: &Operation) -> bool {
-        self.endpoint_token(operation) == TokenUse::Required
-            || self.limits.iter().any(|l| l.token == TokenUse::Required && l.enforce && l.covers(operation))
-    }
-
-    /// Whether a token may ever do anything.
-    pub fn uses_tokens(&self) -> bool {
-        self.endpoint_tokens.iter().any(|(_, token)| *token != TokenUse::Off)
-            || self.limits.iter().any(|l| l.token != TokenUse::Off)
-    }
-}
-
 // === impl Admission ===
 
 impl Admission {
-    /// Limits at work, with their state in `store`. `secret` keys the hashes. `counters` are in the order of the limits.
-    pub fn new(policy: Policy, store: Arc<dyn Store>, secret: [u8; 16], counters: Vec<LimitCounters>) -> Self {
-        let hasher = Hasher::new(secret, policy.limits.iter().map(|limit| limit.key), policy.ipv6_prefix);
-        let mix = |(i, limit): (usize, &Limit)| [false, true].map(|second| hasher.mix(i, second, limit.key)).into();
-        let mixes = policy.limits.iter().enumerate().map(mix).collect();
-        Self { policy, counters, store, hasher, mixes, started: Instant::now() }
+    /// Limits at work, with their state in `limiter`. `secret` keys the hashes. `counters` are in the order of the limits,
+    /// those with a rate first.
+    pub fn new(policy: Policy, limiter: Arc<Limiter>, secret: [u8; 16], counters: Vec<LimitCounters>) -> Self {
+        let scopes = || policy.limits.iter().map(|l| &l.scope).chain(policy.concurrency.iter().map(|c| &c.scope));
+        let by_provider = limiter.is_partitioned_by_provider();
+        let hasher = Hasher::new(secret, scopes().map(|scope| scope.key), policy.ipv6_prefix, by_provider);
+        let bind = |limit: &Limit| Bound {
+            mix: hasher.mix(&limit.scope.name, false, limit.scope.key),
+            salt: hasher.salt(&limit.gcra),
+            second: hasher.mix(&limit.scope.name, true, limit.scope.key),
+            overrides: limit.overrides.iter().map(|(name, g)| (name.clone(), (*g, hasher.salt(g)))).collect(),
+        };
+        let bound = policy.limits.iter().map(bind).collect();
+        let mix = |limit: &Concurrency| (hasher.mix(&limit.scope.name, false, limit.scope.key), Salt::NONE);
+        let concurrency = policy.concurrency.iter().map(mix).collect();
+        Self { bound, concurrency, policy, counters, limiter, hasher, secret }
     }
 
     /// The policy.
@@ -218,24 +176,68 @@ impl Admission {
         self.hasher.pseudonym(octets)
     }
 
+    /// Counts a request among those under way, until its tickets are dropped. A limit of concurrency that is exceeded is
+    /// asked before all others: to be refused costs it nothing else.
+    ///
+    /// # Errors
+    /// The limits it exceeds.
+    pub fn enter(&self, subject: &Subject<'_>) -> Result<Tickets, Vec<Violated>> {
+        let (mut tickets, mut violated) = (Tickets::new(), vec![]);
+        if self.policy.concurrency.is_empty() {
+            return Ok(tickets);
+        }
+        let parts = self.hasher.parts(subject);
+        let counters = self.counters.iter().skip(self.policy.limits.len());
+        for ((i, limit), (mix, salt)) in self.policy.concurrency.iter().enumerate().zip(&self.concurrency) {
+            if !limit.scope.covers(subject.operation, subject.ip) {
+                continue;
+            }
+            let key = mix.key(&parts, *salt);
+            let (ticket, most) = (self.limiter.in_flight().enter(key), limit.most_for(subject.provider));
+            let counters = counters.clone().nth(i);
+            if ticket.count <= most {
+                counters.inspect(|counters| counters.allowed.inc());
+            } else {
+                counters.inspect(|counters| counters.refused.inc());
+                if limit.scope.enforce {
+                    violated.push(Violated {
+                        policy: limit.scope.name.clone(),
+                        quota: u64::from(most),
+                        unit: Unit::Concurrent,
+                        window: None,
+                        left: 0,
+                        partition: self.hasher.partition(key),
+                        // When one of them ends, which nobody knows.
+                        retry_after: Some(Duration::from_secs(1)),
+                    });
+                }
+            }
+            tickets.push(ticket);
+        }
+        if violated.is_empty() { Ok(tickets) } else { Err(violated) }
+    }
+
     /// Asks all limits that cover a request together. `token`: one was brought and is good, so where a limit refuses, its
     /// second limit is asked. `charge`: take the cells, if all pass. The tally is for [`Admission::account`], once for a
     /// request, however often it was asked about.
-    pub fn decide(&self, subject: &Subject<'_>, token: bool, charge: bool) -> (Decision, Tally) {
-        self.decide_at(self.now(), subject, token, charge)
+    pub async fn decide(&self, subject: &Subject<'_>, token: bool, charge: bool) -> (Decision, Tally) {
+        let asked = self.ask(subject, token);
+        if asked.checks.is_empty() {
+            return (Decision::Pass { topped_up: false }, Tally::default());
+        }
+        let mut outcomes = Outcomes::new();
+        let ask = Ask { checks: &asked.checks, charge, partition: asked.partition };
+        let (pass, by) = self.limiter.decide(&ask, &mut outcomes).await;
+        self.conclude(&asked, &outcomes, pass, by)
     }
 
-    /// Nanoseconds of this limiter's clock; never 0, which has always passed.
-    fn now(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1)
-    }
-
-    fn decide_at(&self, now: u64, subject: &Subject<'_>, token: bool, charge: bool) -> (Decision, Tally) {
-        let mut checks: SmallVec<[Check; 12]> = SmallVec::new();
-        let mut asked: SmallVec<[(usize, TokenUse); 12]> = SmallVec::new();
+    #[inline]
+    fn ask(&self, subject: &Subject<'_>, token: bool) -> Asked {
+        let mut asked = Asked::default();
         let parts = self.hasher.parts(subject);
-        for (i, (limit, (mix, second))) in self.policy.limits.iter().zip(&self.mixes).enumerate() {
-            if !limit.covers(subject.operation) {
+        asked.partition = Hasher::provider_of(&parts);
+        for (i, (limit, bound)) in self.policy.limits.iter().zip(&self.bound).enumerate() {
+            if !limit.scope.covers(subject.operation, subject.ip) {
                 continue;
             }
             let token_use = self.policy.token_use(limit, subject.operation);
@@ -243,79 +245,135 @@ impl Admission {
                 TokenUse::TopUp(gcra) if token => {
                     // An endpoint's second limit is the endpoint's alone: others have other rates.
                     let endpoint = if limit.token == TokenUse::Off { 1 + endpoint_place(subject.operation) } else { 0 };
-                    Some(TopUp { key: second.key_at(&parts, endpoint), gcra, overflow: OVERFLOWS * i + 1 + endpoint })
+                    let (second, salt) = (bound.second.at(endpoint), self.hasher.salt(&gcra));
+                    Some(TopUp { key: second.key(&parts, salt), gcra, overflow: second.overflow(salt) })
                 }
                 _ => None,
             };
-            checks.push(Check {
-                key: mix.key(&parts),
-                gcra: limit.gcra_for(subject.provider),
-                cost: subject.cost,
-                enforce: limit.enforce,
-                overflow: OVERFLOWS * i,
+            let own = subject.provider.filter(|_| !bound.overrides.is_empty()).and_then(|p| bound.overrides.get(p));
+            let (gcra, salt) = own.copied().unwrap_or((limit.gcra, bound.salt));
+            asked.checks.push(Check {
+                key: bound.mix.key(&parts, salt),
+                gcra,
+                cost: if limit.unit == Unit::Octets { subject.octets } else { subject.cost },
+                enforce: limit.scope.enforce,
+                on_failure: limit.on_store_failure,
+                overflow: bound.mix.overflow(salt),
                 top_up,
             });
-            asked.push((i, token_use));
+            asked.of.push((i, token_use));
         }
-        let mut outcomes = Outcomes::new();
-        let pass = checks.is_empty() || self.store.decide(now, &checks, charge, &mut outcomes);
-        let tally: Tally = asked.iter().map(|(i, _)| *i).zip(outcomes.iter().copied()).collect();
+        asked
+    }
+
+    fn conclude(&self, asked: &Asked, outcomes: &Outcomes, pass: bool, by: Decided) -> (Decision, Tally) {
+        let said = asked.of.iter().map(|(i, _)| *i).zip(outcomes.iter().copied()).collect();
+        let tally = Tally { said, by };
         if pass {
-            let topped_up = outcomes.contains(&Outcome::ToppedUp);
-            return (Decision::Pass { topped_up }, tally);
+            return (Decision::Pass { topped_up: outcomes.contains(&Outcome::ToppedUp) }, tally);
         }
         let mut token_helps = true;
-        let mut violated = Vec::new();
-        for ((i, token_use), outcome) in asked.iter().zip(&outcomes) {
-            let (Some(limit), Outcome::Refused(wait)) = (self.policy.limits.get(*i), outcome) else { continue };
-            if limit.enforce {
-                let gcra = limit.gcra_for(subject.provider);
-                token_helps &= matches!(token_use, TokenUse::TopUp(_));
-                violated.push(Violated {
-                    policy: limit.name.clone(),
-                    burst: u64::from(gcra.burst()),
-                    window: crate::problem::seconds_up(gcra.window()),
-                    retry_after: *wait,
-                });
+        let (mut violated, mut unavailable) = (Vec::new(), Vec::new());
+        for (((i, token_use), check), outcome) in asked.of.iter().zip(&asked.checks).zip(outcomes) {
+            let Some(limit) = self.policy.limits.get(*i).filter(|limit| limit.scope.enforce) else { continue };
+            match outcome {
+                Outcome::Unavailable => unavailable.push(limit.scope.name.clone()),
+                Outcome::Refused(wait) => {
+                    token_helps &= matches!(token_use, TokenUse::TopUp(_));
+                    violated.push(Violated {
+                        policy: limit.scope.name.clone(),
+                        quota: u64::from(check.gcra.burst()),
+                        unit: limit.unit,
+                        window: Some(crate::problem::seconds_up(check.gcra.window()).max(1)),
+                        left: u64::from(wait.map_or(0, |wait| check.gcra.left(check.cost, wait))),
+                        partition: self.hasher.partition(check.key),
+                        retry_after: *wait,
+                    });
+                }
+                Outcome::Allowed | Outcome::ToppedUp => {}
             }
         }
-        (Decision::Refuse { violated, token_helps }, tally)
+        let decision = match violated.is_empty() {
+            true => Decision::Unavailable { policies: unavailable },
+            false => Decision::Refuse { violated, token_helps },
+        };
+        (decision, tally)
+    }
+
+    /// The limits of octets that cover a request whose body's length is not known before it is in.
+    pub fn owing(&self, subject: &Subject<'_>) -> Owing {
+        if self.policy.limits.iter().all(|limit| limit.unit != Unit::Octets) {
+            return Owing::default();
+        }
+        let asked = self.ask(subject, false);
+        let octets = |i: usize| self.policy.limits.get(i).is_some_and(|limit| limit.unit == Unit::Octets);
+        let checks = asked.checks.iter().zip(&asked.of).filter(|(_, (i, _))| octets(*i)).map(|(check, _)| *check);
+        Owing { checks: checks.collect(), partition: asked.partition }
+    }
+
+    /// Charges octets that came after the decision, whether or not there are so many: they have been taken.
+    pub fn owe(&self, owing: &mut Owing, octets: u64) {
+        let cost = u32::try_from(octets).unwrap_or(u32::MAX);
+        owing.checks.iter_mut().for_each(|check| check.cost = cost);
+        if octets > 0 && !owing.is_empty() {
+            self.limiter.charge(&Ask { checks: &owing.checks, charge: true, partition: owing.partition });
+        }
+    }
+
+    /// Another policy over the same states: what a limit has counted is kept where neither its name, its key nor its rate
+    /// is another.
+    pub fn succeed(&self, policy: Policy, counters: Vec<LimitCounters>) -> Self {
+        Self::new(policy, self.limiter.clone(), self.secret, counters)
     }
 
     /// Whether a source may try a token, or (`charge`) that one of its tokens did not verify: [`BAD_TOKENS`] a minute, and as
-    /// many at once.
+    /// many at once. This node's own count, wherever limits are kept.
     ///
     /// # Errors
     /// The limit it exceeds.
     pub fn token_attempt(&self, ip: IpAddr, charge: bool) -> Result<(), Violated> {
         let Some(gcra) = Gcra::new(BAD_TOKENS, Duration::from_secs(60), BAD_TOKENS) else { return Ok(()) };
+        let key = self.hasher.source_key(ip);
         let check = Check {
-            key: self.hasher.source_key(ip),
+            key,
             gcra,
             cost: 1,
             enforce: true,
-            overflow: self.policy.limits.len() * OVERFLOWS,
+            on_failure: Default::default(),
+            overflow: self.hasher.bad_tokens(),
             top_up: None,
         };
         let mut outcomes = Outcomes::new();
-        if self.store.decide(self.now(), &[check], charge, &mut outcomes) {
+        if self.limiter.decide_here(&[check], charge, &mut outcomes) {
             return Ok(());
         }
         let retry_after = outcomes.first().and_then(|outcome| match outcome {
             Outcome::Refused(wait) => *wait,
-            Outcome::Allowed | Outcome::ToppedUp => None,
+            _ => None,
         });
-        Err(Violated { policy: "bad-tokens".into(), burst: u64::from(BAD_TOKENS), window: 60, retry_after })
+        Err(Violated {
+            policy: "bad-tokens".into(),
+            quota: u64::from(BAD_TOKENS),
+            unit: Unit::Requests,
+            window: Some(60),
+            left: 0,
+            partition: self.hasher.partition(key),
+            retry_after,
+        })
     }
 
     /// Counts what the limits said of a request: refusals always, the rest only of requests that none refused.
     pub fn account(&self, tally: &Tally) {
-        let enforces = |i: usize| self.policy.limits.get(i).is_some_and(|limit| limit.enforce);
-        let refused = tally.iter().any(|(i, outcome)| matches!(outcome, Outcome::Refused(_)) && enforces(*i));
-        for (i, outcome) in tally {
+        let enforces = |i: usize| self.policy.limits.get(i).is_some_and(|limit| limit.scope.enforce);
+        let no = |outcome: &Outcome| matches!(outcome, Outcome::Refused(_) | Outcome::Unavailable);
+        let refused = tally.said.iter().any(|(i, outcome)| no(outcome) && enforces(*i));
+        for (i, outcome) in &tally.said {
             let Some(counters) = self.counters.get(*i) else { continue };
+            if tally.by == Decided::WithoutStore {
+                counters.without_store.inc();
+            }
             match outcome {
-                Outcome::Refused(_) => counters.refused.inc(),
+                Outcome::Refused(_) | Outcome::Unavailable => counters.refused.inc(),
                 Outcome::Allowed if !refused => counters.allowed.inc(),
                 Outcome::ToppedUp if !refused => {
                     counters.refused.inc();
@@ -325,46 +383,56 @@ impl Admission {
             }
         }
     }
+
+    /// The state of the limits.
+    pub fn limiter(&self) -> &Arc<Limiter> {
+        &self.limiter
+    }
 }
-
-/// Endpoints there may be at most, for overflow buckets of their own.
-const ENDPOINTS: usize = 32;
-
-/// Overflow buckets of a limit: its own, its second limit's, and each endpoint's second limit's.
-const OVERFLOWS: usize = 2 + ENDPOINTS;
 
 /// The place of an operation's endpoint among all of them.
 fn endpoint_place(operation: &Operation) -> usize {
-    dialect::endpoints().position(|endpoint| endpoint.name == operation.endpoint).unwrap_or(ENDPOINTS - 1)
+    dialect::endpoints().position(|endpoint| endpoint.name == operation.endpoint).unwrap_or(usize::MAX / 2)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limiter::OnFailure;
     use crate::limiter::memory::Memory;
+    use std::task::{Context, Poll, Waker};
 
     fn operation(name: &str) -> &'static Operation {
         dialect::operations().find(|o| o.name == name).unwrap()
     }
 
     fn limit(name: &str, key: KeyParts, burst: u32) -> Limit {
-        let gcra = Gcra::new(1, Duration::from_secs(10), burst).unwrap();
         Limit {
-            name: name.into(),
-            covers: u128::MAX,
-            key,
-            gcra,
+            scope: Scope { name: name.into(), covers: u128::MAX, key, enforce: true, exempt: vec![] },
+            unit: Unit::Requests,
+            gcra: Gcra::new(1, Duration::from_secs(1000), burst).unwrap(),
             overrides: vec![],
-            enforce: true,
             token: TokenUse::Off,
+            on_store_failure: OnFailure::Local,
         }
     }
 
+    fn of(policy: Policy) -> Admission {
+        let memory = Memory::new(1 << 20, prometheus::IntCounter::new("o", "o").unwrap());
+        Admission::new(policy, Arc::new(Limiter::new(memory, None)), [7; 16], vec![])
+    }
+
     fn admission(limits: Vec<Limit>) -> Admission {
-        let policy = Policy { limits, endpoint_tokens: vec![], ipv6_prefix: 64 };
-        let overflowed = prometheus::IntCounter::new("o", "o").unwrap();
-        let store = Memory::new(1 << 20, policy.overflow_buckets(), overflowed);
-        Admission::new(policy, Arc::new(store), [7; 16], vec![])
+        of(Policy { limits, ipv6_prefix: 64, ..Policy::default() })
+    }
+
+    /// A decision in this node's memory waits for nothing.
+    fn decide(admission: &Admission, subject: &Subject<'_>, token: bool) -> Decision {
+        let decision = std::pin::pin!(admission.decide(subject, token, true));
+        match decision.poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready((decision, _)) => decision,
+            Poll::Pending => panic!("it waits"),
+        }
     }
 
     fn subject<'a>(ip: &str, provider: Option<&'a str>, group: &'a [u8], leaf: u32) -> Subject<'a> {
@@ -376,13 +444,12 @@ mod tests {
             member: Some(Member::LeafIndex(leaf)),
             target: None,
             cost: 1,
+            octets: 0,
         }
     }
 
-    const NOW: u64 = 1_000_000_000;
-
     fn passes(admission: &Admission, subject: &Subject<'_>) -> bool {
-        matches!(admission.decide_at(NOW, subject, false, true).0, Decision::Pass { .. })
+        matches!(decide(admission, subject, false), Decision::Pass { .. })
     }
 
     #[test]
@@ -440,8 +507,7 @@ mod tests {
         let parts = KeyParts { ip: true, ..KeyParts::default() };
         let admission = admission(vec![limit("ip", parts, 5)]);
         let base = subject("192.0.2.1", None, b"g", 1);
-        let Decision::Refuse { violated, .. } = admission.decide_at(NOW, &Subject { cost: 6, ..base }, false, true).0
-        else {
+        let Decision::Refuse { violated, .. } = decide(&admission, &Subject { cost: 6, ..base }, false) else {
             panic!("six cells of five");
         };
         assert_eq!(violated[0].retry_after, None);
@@ -451,19 +517,18 @@ mod tests {
 
     #[test]
     fn a_token_helps_only_past_limits_that_take_one() {
-        let second = Gcra::new(1, Duration::from_secs(10), 1).unwrap();
+        let second = Gcra::new(1, Duration::from_secs(1000), 1).unwrap();
         let ip = KeyParts { ip: true, ..KeyParts::default() };
         let group = KeyParts { group: true, ..KeyParts::default() };
         let top_up = Limit { token: TokenUse::TopUp(second), ..limit("group", group, 1) };
         let admission = admission(vec![limit("ip", ip, 3), top_up]);
         let request = subject("192.0.2.1", None, b"g", 1);
-        let ask = |token| admission.decide_at(NOW, &request, token, true).0;
+        let ask = |token| decide(&admission, &request, token);
         assert_eq!(ask(false), Decision::Pass { topped_up: false });
         assert!(matches!(ask(false), Decision::Refuse { token_helps: true, .. }));
         assert_eq!(ask(true), Decision::Pass { topped_up: true });
         assert!(matches!(ask(true), Decision::Refuse { token_helps: true, .. }), "the second limit is one, too");
-        let Decision::Pass { .. } = admission.decide_at(NOW, &subject("192.0.2.1", None, b"h", 1), false, true).0
-        else {
+        let Decision::Pass { .. } = decide(&admission, &subject("192.0.2.1", None, b"h", 1), false) else {
             panic!("the third of three from this source");
         };
         let Decision::Refuse { violated, token_helps } = ask(false) else { panic!("both are exceeded") };
@@ -473,18 +538,18 @@ mod tests {
 
     #[test]
     fn endpoints_have_second_limits_of_their_own() {
-        let generous = TokenUse::TopUp(Gcra::new(1, Duration::from_secs(10), 100).unwrap());
-        let strict = TokenUse::TopUp(Gcra::new(1, Duration::from_secs(10), 1).unwrap());
+        let generous = TokenUse::TopUp(Gcra::new(1, Duration::from_secs(1000), 100).unwrap());
+        let strict = TokenUse::TopUp(Gcra::new(1, Duration::from_secs(1000), 1).unwrap());
         let policy = Policy {
             limits: vec![limit("ip", KeyParts { ip: true, ..KeyParts::default() }, 1)],
             endpoint_tokens: vec![(operation("send_message").id, generous), (operation("verification_key").id, strict)],
             ipv6_prefix: 64,
+            ..Policy::default()
         };
-        let store = Memory::new(1 << 20, policy.overflow_buckets(), prometheus::IntCounter::new("o", "o").unwrap());
-        let admission = Admission::new(policy, Arc::new(store), [7; 16], vec![]);
+        let admission = of(policy);
         let message = subject("192.0.2.1", None, b"g", 1);
         let key = Subject { operation: operation("verification_key"), group: None, member: None, ..message };
-        let pass = |subject| matches!(admission.decide_at(NOW, subject, true, true).0, Decision::Pass { .. });
+        let pass = |subject| matches!(decide(&admission, subject, true), Decision::Pass { .. });
         assert!((0..20).all(|_| pass(&message)));
         assert!(pass(&key));
         assert!(!pass(&key));
@@ -493,7 +558,7 @@ mod tests {
 
     #[test]
     fn named_providers_have_rates_of_their_own() {
-        let large = Gcra::new(1, Duration::from_secs(10), 3).unwrap();
+        let large = Gcra::new(1, Duration::from_secs(1000), 3).unwrap();
         let parts = KeyParts { provider: true, ..KeyParts::default() };
         let admission = admission(vec![Limit { overrides: vec![("a.example".into(), large)], ..limit("p", parts, 1) }]);
         let count = |provider| (0..5).filter(|_| passes(&admission, &subject("192.0.2.1", provider, b"g", 1))).count();
@@ -504,8 +569,105 @@ mod tests {
 
     #[test]
     fn a_shadow_requires_no_token() {
-        let shadow = Limit { enforce: false, token: TokenUse::Required, ..limit("s", KeyParts::default(), 1) };
-        let policy = Policy { limits: vec![shadow], endpoint_tokens: vec![], ipv6_prefix: 64 };
-        assert!(!policy.token_required(operation("send_message")));
+        let mut shadow = Limit { token: TokenUse::Required, ..limit("s", KeyParts::default(), 1) };
+        let ip = "192.0.2.1".parse().unwrap();
+        assert!(admission(vec![shadow.clone()]).policy().token_required(operation("send_message"), ip));
+        shadow.scope.enforce = false;
+        assert!(!admission(vec![shadow]).policy().token_required(operation("send_message"), ip));
+    }
+
+    #[test]
+    fn networks_may_be_left_out() {
+        let mut one = limit("ip", KeyParts { ip: true, ..KeyParts::default() }, 1);
+        one.scope.exempt = vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()];
+        let admission = admission(vec![one]);
+        let count = |ip| (0..5).filter(|_| passes(&admission, &subject(ip, None, b"g", 1))).count();
+        assert_eq!((count("192.0.2.77"), count("2001:db8::1"), count("::ffff:192.0.2.1")), (5, 5, 5));
+        assert_eq!((count("192.0.3.1"), count("2001:db9::1")), (1, 1));
+    }
+
+    #[test]
+    fn octets_are_counted_and_what_came_later_is_owed() {
+        let mut octets = limit("octets", KeyParts { provider: true, ..KeyParts::default() }, 1);
+        octets.unit = Unit::Octets;
+        octets.gcra = Gcra::of_octets(1, Duration::from_secs(1000), 1000).unwrap();
+        let admission = admission(vec![octets, limit("ip", KeyParts { ip: true, ..KeyParts::default() }, 100)]);
+        let of = |octets| Subject { octets, ..subject("192.0.2.1", Some("a.example"), b"g", 1) };
+        assert!(passes(&admission, &of(600)));
+        let Decision::Refuse { violated, .. } = decide(&admission, &of(600), false) else { panic!("1200 of 1000") };
+        assert_eq!((violated.len(), violated[0].unit, violated[0].left), (1, Unit::Octets, 400));
+        assert!(passes(&admission, &of(400)));
+        assert!(!passes(&admission, &of(1)));
+        let other = Subject { provider: Some("b.example"), ..of(10) };
+        assert!(passes(&admission, &other));
+        let mut owing = admission.owing(&other);
+        assert!(!owing.is_empty());
+        admission.owe(&mut owing, 5000);
+        let Decision::Refuse { violated, .. } = decide(&admission, &other, false) else { panic!("5010 of 1000") };
+        let wait = violated[0].retry_after.unwrap();
+        assert!(wait > Duration::from_secs(4_000_000) && wait < Duration::from_secs(4_020_000), "{wait:?}");
+    }
+
+    #[test]
+    fn a_request_is_under_way_until_its_tickets_are_dropped() {
+        let scope = |name: &str, enforce| Scope {
+            name: name.into(),
+            covers: u128::MAX,
+            key: KeyParts { provider: true, ..KeyParts::default() },
+            enforce,
+            exempt: vec!["10.0.0.0/8".parse().unwrap()],
+        };
+        let concurrency = vec![
+            Concurrency { scope: scope("two", true), most: 2, overrides: vec![("large.example".into(), 3)] },
+            Concurrency { scope: scope("trial", false), most: 1, overrides: vec![] },
+        ];
+        let admission = of(Policy { concurrency, ipv6_prefix: 64, ..Policy::default() });
+        let of = |provider| subject("192.0.2.1", Some(provider), b"g", 1);
+        let (a, b) = (admission.enter(&of("a.example")).unwrap(), admission.enter(&of("a.example")).unwrap());
+        let refused = admission.enter(&of("a.example")).unwrap_err();
+        assert_eq!((refused.len(), refused[0].policy.as_str(), refused[0].quota), (1, "two", 2));
+        assert!(admission.enter(&of("b.example")).is_ok());
+        drop(a);
+        let c = admission.enter(&of("a.example")).unwrap();
+        assert!(admission.enter(&of("a.example")).is_err());
+        drop((b, c));
+        let held: Vec<_> = (0..4).map(|_| admission.enter(&of("large.example"))).collect();
+        assert_eq!(held.iter().filter(|entered| entered.is_ok()).count(), 3);
+        let exempt: Vec<_> =
+            (0..9).map(|_| admission.enter(&subject("10.1.1.1", Some("a.example"), b"g", 1))).collect();
+        assert!(exempt.iter().all(Result::is_ok));
+        drop((held, exempt));
+        assert_eq!(admission.limiter().in_flight().keys(), 0);
+    }
+
+    #[test]
+    fn a_reload_keeps_what_it_does_not_change() {
+        let ip = KeyParts { ip: true, ..KeyParts::default() };
+        let before = admission(vec![limit("kept", ip, 2), limit("gone", ip, 9), limit("changed", ip, 2)]);
+        let request = subject("192.0.2.1", None, b"g", 1);
+        assert!(passes(&before, &request) && passes(&before, &request));
+        assert!(!passes(&before, &request));
+        // Another order, one less, one more, one with another burst.
+        let limits = vec![limit("changed", ip, 3), limit("new", ip, 5), limit("kept", ip, 2)];
+        let after = before.succeed(Policy { limits, ipv6_prefix: 64, ..Policy::default() }, vec![]);
+        let Decision::Refuse { violated, .. } = decide(&after, &request, false) else { panic!("kept was used up") };
+        assert_eq!(violated.iter().map(|v| v.policy.as_str()).collect::<Vec<_>>(), ["kept"]);
+        let limits = vec![limit("changed", ip, 3)];
+        let fresh = before.succeed(Policy { limits, ipv6_prefix: 64, ..Policy::default() }, vec![]);
+        assert_eq!((0..5).filter(|_| passes(&fresh, &request)).count(), 3, "another rate is another limit");
+    }
+
+    #[test]
+    fn partitions_are_the_same_for_the_same() {
+        let parts = KeyParts { member: true, ..KeyParts::default() };
+        let admission = admission(vec![limit("member", parts, 1)]);
+        let partition = |leaf| {
+            let one = subject("192.0.2.1", None, b"g", leaf);
+            passes(&admission, &one);
+            let Decision::Refuse { violated, .. } = decide(&admission, &one, false) else { panic!("two of one") };
+            violated[0].partition
+        };
+        assert_eq!(partition(1), partition(1));
+        assert_ne!(partition(1), partition(2));
     }
 }

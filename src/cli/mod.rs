@@ -21,7 +21,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the gateway until SIGTERM (requests under way end first) or SIGINT (at once)
+    /// Run the gateway until SIGTERM (requests under way end first) or SIGINT (at once); SIGHUP reloads limits
     Run(ConfigFile),
     /// Check a configuration and the files it names, say all that is wrong, and exit
     Check(ConfigFile),
@@ -42,7 +42,7 @@ pub fn main() -> ExitCode {
         Command::Run(file) => run(&file),
         Command::Check(file) => match load(&file) {
             Some(config) => {
-                let (listeners, limits) = (config.listeners.len(), config.policy.limits.len());
+                let (listeners, limits) = (config.listeners.len(), config.policy.scopes().count());
                 let nodes = config.upstream.nodes.len();
                 println!("{}: ok: {listeners} listeners, {nodes} nodes, {limits} limits", file.config.display());
                 ExitCode::SUCCESS
@@ -54,7 +54,9 @@ pub fn main() -> ExitCode {
 }
 
 fn load(file: &ConfigFile) -> Option<Config> {
-    Config::load(&file.config).map_err(|errors| errors.iter().for_each(|e| eprintln!("{e}"))).ok()
+    let config = Config::load(&file.config).map_err(|errors| errors.iter().for_each(|e| eprintln!("{e}"))).ok()?;
+    config.hints.iter().for_each(|hint| eprintln!("{hint} (a hint)"));
+    Some(config)
 }
 
 fn run(file: &ConfigFile) -> ExitCode {
@@ -66,7 +68,7 @@ fn run(file: &ConfigFile) -> ExitCode {
         tracing::info!(address = %listener.address, "listening for other providers");
     }
     tracing::info!(address = %config.admin, "listening for operators: /metrics /healthz /readyz");
-    match crate::gateway::run(config) {
+    match crate::gateway::run(config, &file.config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("moh-gateway: {e}");

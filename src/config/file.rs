@@ -1,6 +1,6 @@
 //! What the operator writes: the tables of `conf/gateway.toml`, with their defaults. Unknown keys are errors.
 
-use super::units::{Rate, Size, Span};
+use super::units::{Burst, Rate, Size, Span};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -161,7 +161,7 @@ pub(super) struct EndpointTable {
     #[serde(default)]
     pub(super) token: Token,
     pub(super) token_rate: Option<Rate>,
-    pub(super) token_burst: Option<Spanned<u32>>,
+    pub(super) token_burst: Option<Spanned<Burst>>,
 }
 
 #[derive(Debug, Deserialize, Clone, Copy, PartialEq, Eq)]
@@ -183,6 +183,14 @@ pub(super) enum Mode {
     Shadow,
 }
 
+#[derive(Debug, Deserialize, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum OnStoreFailure {
+    Local,
+    Open,
+    Closed,
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Limit {
@@ -190,24 +198,29 @@ pub(super) struct Limit {
     pub(super) endpoints: Option<Vec<Spanned<String>>>,
     pub(super) operations: Option<Vec<Spanned<String>>>,
     pub(super) key: Spanned<Vec<KeyPart>>,
-    pub(super) rate: Spanned<Rate>,
-    pub(super) burst: Spanned<u32>,
+    pub(super) rate: Option<Spanned<Rate>>,
+    pub(super) burst: Option<Spanned<Burst>>,
+    pub(super) concurrent: Option<Spanned<u32>>,
     #[serde(default, rename = "override")]
     pub(super) overrides: Vec<Override>,
     #[serde(default)]
+    pub(super) exempt: Vec<Spanned<String>>,
+    #[serde(default)]
     pub(super) mode: Mode,
+    pub(super) on_store_failure: Option<Spanned<OnStoreFailure>>,
     #[serde(default)]
     pub(super) token: Token,
     pub(super) token_rate: Option<Rate>,
-    pub(super) token_burst: Option<Spanned<u32>>,
+    pub(super) token_burst: Option<Spanned<Burst>>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Override {
     pub(super) provider: Spanned<String>,
-    pub(super) rate: Rate,
-    pub(super) burst: Spanned<u32>,
+    pub(super) rate: Option<Spanned<Rate>>,
+    pub(super) burst: Option<Spanned<Burst>>,
+    pub(super) concurrent: Option<Spanned<u32>>,
 }
 
 #[derive(Debug, Deserialize, Default)]
@@ -215,6 +228,51 @@ pub(super) struct Override {
 pub(super) struct Limits {
     pub(super) memory: Option<Spanned<Size>>,
     pub(super) ipv6_prefix: Option<Spanned<u8>>,
+    #[serde(default)]
+    pub(super) exempt: Vec<Spanned<String>>,
+    pub(super) redis: Option<Redis>,
+}
+
+#[derive(Debug, Deserialize, Clone, Copy, PartialEq, Eq, Default)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum RedisMode {
+    #[default]
+    Strict,
+    Leased,
+}
+
+#[derive(Debug, Deserialize, Clone, Copy, PartialEq, Eq, Default)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Partition {
+    #[default]
+    None,
+    Provider,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Redis {
+    pub(super) nodes: Spanned<Vec<Spanned<String>>>,
+    #[serde(default)]
+    pub(super) cluster: bool,
+    pub(super) tls_ca: Option<Spanned<PathBuf>>,
+    pub(super) username: Option<String>,
+    pub(super) password_file: Option<Spanned<PathBuf>>,
+    pub(super) secret_file: Spanned<PathBuf>,
+    pub(super) prefix: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) partition: Partition,
+    #[serde(default = "milliseconds::<50>")]
+    pub(super) timeout: Span,
+    pub(super) connections: Option<Spanned<usize>>,
+    #[serde(default)]
+    pub(super) mode: RedisMode,
+    pub(super) lease_share: Option<Spanned<u32>>,
+    pub(super) lease_idle: Option<Spanned<Span>>,
+}
+
+fn milliseconds<const N: u64>() -> Span {
+    Span(Duration::from_millis(N))
 }
 
 #[derive(Debug, Deserialize)]

@@ -6,6 +6,7 @@ mod resolve;
 mod units;
 
 use crate::admission::{Peers, Policy};
+use crate::limiter::fleet;
 use crate::privacypass::Origin;
 use crate::tls::CertificateStore;
 use crate::upstream;
@@ -36,8 +37,10 @@ pub struct Config {
     pub max_body: Vec<(&'static str, u64)>,
     /// The limits, and what tokens do.
     pub policy: Policy,
-    /// Octets the limits' state may take.
+    /// Octets the limits' state may take on this node.
     pub limit_memory: usize,
+    /// The store that a fleet keeps its limits in, and the secret its keys are hashed under.
+    pub limit_store: Option<(fleet::Settings, [u8; 16])>,
     /// Privacy Pass, where it is used.
     pub privacy_pass: Option<Origin>,
     /// Where health and metrics are.
@@ -46,6 +49,8 @@ pub struct Config {
     pub access_log: AccessLog,
     /// Threads that serve.
     pub threads: usize,
+    /// What is not wrong, and perhaps not what was meant.
+    pub hints: Vec<Error>,
 }
 
 /// The names of a provider, in lower case.
@@ -183,7 +188,7 @@ impl Config {
         })?;
         let config = resolver.config(file);
         match config {
-            Some(config) if resolver.is_content() => Ok(config),
+            Some(config) if resolver.is_content() => Ok(Self { hints: resolver.into_hints(), ..config }),
             _ => Err(resolver.into_errors()),
         }
     }

@@ -11,11 +11,19 @@ pub(super) struct Span(pub(super) Duration);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Size(pub(super) u64);
 
-/// "20/s", "600/m", "5/h", "100/d": so many in so long.
+/// "20/s", "600/m", "5/h", "100/d": so many in so long; or "10MiB/s": octets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Rate {
-    pub(super) count: u32,
+    pub(super) count: u64,
     pub(super) period: Duration,
+    pub(super) octets: bool,
+}
+
+/// 100, or "64MiB" of octets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Burst {
+    pub(super) count: u32,
+    pub(super) octets: bool,
 }
 
 fn number_and_unit(text: &str) -> Option<(u64, &str)> {
@@ -52,9 +60,17 @@ fn size(text: &str) -> Option<u64> {
 
 fn rate(text: &str) -> Option<Rate> {
     let (count, unit) = text.split_once('/')?;
-    let count = count.trim().parse().ok().filter(|count| *count > 0)?;
+    let (count, octets) = match count.trim().parse::<u32>() {
+        Ok(count) => (u64::from(count), false),
+        Err(_) => (octets(count.trim())?, true),
+    };
     let period = span(&format!("1{}", unit.trim())).filter(|_| unit.trim() != "ms")?;
-    Some(Rate { count, period })
+    (count > 0).then_some(Rate { count, period, octets })
+}
+
+/// A size with its unit.
+fn octets(text: &str) -> Option<u64> {
+    size(text).filter(|_| text.ends_with('B'))
 }
 
 impl<'de> Deserialize<'de> for Span {
@@ -70,8 +86,30 @@ impl<'de> Deserialize<'de> for Rate {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         rate(&text).ok_or_else(|| {
-            de::Error::custom(format!("{text:?} is no rate like \"20/s\", \"600/m\", \"5/h\", \"100/d\""))
+            de::Error::custom(format!("{text:?} is no rate like \"20/s\", \"600/m\", \"5/h\", \"100/d\", \"10MiB/s\""))
         })
+    }
+}
+
+impl<'de> Deserialize<'de> for Burst {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = Burst;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a number, or for octets a size like \"64MiB\"")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Burst, E> {
+                let count = octets(text).ok_or_else(|| E::custom(format!("{text:?} is no size like \"64MiB\"")))?;
+                let count = u32::try_from(count).map_err(|_| E::custom("a burst is less than 4GiB"))?;
+                Ok(Burst { count, octets: true })
+            }
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Burst, E> {
+                let count = u32::try_from(number).map_err(|_| E::custom("a burst is a number up to 4294967295"))?;
+                Ok(Burst { count, octets: false })
+            }
+        }
+        deserializer.deserialize_any(Visitor)
     }
 }
 
@@ -103,7 +141,9 @@ mod tests {
         assert_eq!(span("250ms"), Some(Duration::from_millis(250)));
         assert_eq!(span("5m"), Some(Duration::from_secs(300)));
         assert_eq!(size("8MiB"), Some(8 << 20));
-        assert_eq!(rate("600/m"), Some(Rate { count: 600, period: Duration::from_secs(60) }));
+        assert_eq!(rate("600/m"), Some(Rate { count: 600, period: Duration::from_secs(60), octets: false }));
+        let octets = Rate { count: 10 << 20, period: Duration::from_secs(1), octets: true };
+        assert_eq!(rate("10MiB/s"), Some(octets));
         for bad in [
             "",
             "s",
@@ -119,7 +159,7 @@ mod tests {
         ] {
             assert_eq!(span(bad), None, "{bad}");
         }
-        for bad in ["", "/s", "0/s", "5/x", "5/ms", "5", "5/", "99999999999/s"] {
+        for bad in ["", "/s", "0/s", "5/x", "5/ms", "5", "5/", "99999999999/s", "0B/s", "MiB/s"] {
             assert_eq!(rate(bad), None, "{bad}");
         }
         assert_eq!(size("99999999999999GiB"), None);

@@ -30,6 +30,8 @@ pub struct Supplies {
     pub member: bool,
     /// All of them name a target: the user or client they are for.
     pub target: bool,
+    /// Some ask for several things at once, and cost as much: more than 1.
+    pub many: bool,
 }
 
 /// What a reader of an endpoint is.

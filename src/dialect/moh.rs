@@ -8,9 +8,9 @@ use http::Method;
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 
-const IN_A_GROUP: Supplies = Supplies { group: true, member: true, target: false };
-const TO_A_CLIENT: Supplies = Supplies { group: true, member: true, target: true };
-const TO_A_USER: Supplies = Supplies { group: false, member: false, target: true };
+const IN_A_GROUP: Supplies = Supplies { group: true, member: true, target: false, many: false };
+const TO_A_CLIENT: Supplies = Supplies { group: true, member: true, target: true, many: false };
+const TO_A_USER: Supplies = Supplies { group: false, member: false, target: true, many: false };
 
 macro_rules! operations {
     ($($constant:ident = $id:literal $name:literal at $endpoint:literal $supplies:expr;)*) => {
@@ -32,14 +32,14 @@ operations! {
     UPDATE_CLIENT_FANOUT_INFO = 11 "update_client_fanout_info" at "group_operation" IN_A_GROUP;
     SEND_MESSAGE = 12 "send_message" at "group_operation" IN_A_GROUP;
     VERIFICATION_KEY = 13 "verification_key" at "verification_key"
-        Supplies { group: false, member: false, target: false };
+        Supplies { group: false, member: false, target: false, many: false };
     CONNECTION_REQUEST = 14 "connection_request" at "connection_request" TO_A_CLIENT;
     DELIVER_MESSAGE = 15 "deliver_message" at "deliver_message" TO_A_CLIENT;
     CONNECTION_KEY_PACKAGES = 16 "connection_key_packages" at "connection_key_packages" TO_A_USER;
     GROUP_KEY_PACKAGES = 17 "group_key_packages" at "group_key_packages"
-        Supplies { group: true, member: false, target: false };
+        Supplies { group: true, member: false, target: false, many: true };
     DS_DOMAIN = 18 "ds_domain" at "ds_domain"
-        Supplies { group: false, member: false, target: false };
+        Supplies { group: false, member: false, target: false, many: false };
 }
 
 macro_rules! endpoints {

@@ -2,6 +2,7 @@
 
 use super::stream::Connection;
 use super::{Shared, door, forward};
+use crate::admission::{Admission, Owing, Subject, Tickets};
 use crate::dialect::Endpoint;
 use crate::privacypass::Reservation;
 use crate::problem::Refusal;
@@ -31,6 +32,13 @@ pub struct RequestContext {
     pub(super) ds_took: Option<Duration>,
     pub(super) tried: Tried,
     pub(super) node: Option<usize>,
+    /// Limits of concurrency count it for so long.
+    pub(super) tickets: Tickets,
+    /// Limits have been charged for so many octets of its body.
+    pub(super) charged: u64,
+    /// Its body's length is not known before it is in.
+    pub(super) owes: bool,
+    owing: Option<(Arc<Admission>, Owing)>,
     pub(super) token: Option<Reservation>,
     pub(super) used_token: bool,
     pub(super) decision: Decision,
@@ -84,6 +92,10 @@ impl RequestContext {
             ds_took: None,
             tried: Tried::default(),
             node: None,
+            tickets: Tickets::new(),
+            charged: 0,
+            owes: false,
+            owing: None,
             token: None,
             used_token: false,
             decision: Decision::Aborted,
@@ -109,6 +121,14 @@ impl RequestContext {
         self.method = method_label(&request.method);
     }
 
+    /// Limits have let it pass.
+    pub(super) fn admitted(&mut self, admission: &Arc<Admission>, subject: &Subject<'_>) {
+        if self.owes {
+            let owing = admission.owing(subject);
+            self.owing = Some(owing).filter(|owing| !owing.is_empty()).map(|owing| (admission.clone(), owing));
+        }
+    }
+
     /// Says what became of it.
     pub(super) fn account(&mut self, session: &Session) {
         let status = status_written(session).map_or(0, |status| status.as_u16());
@@ -119,6 +139,9 @@ impl RequestContext {
     fn say(&mut self, status: u16, body_in: usize, body_out: usize) {
         let shared = self.shared.clone();
         self.accounted = true;
+        if let Some((admission, mut owing)) = self.owing.take() {
+            admission.owe(&mut owing, self.body.passed().saturating_sub(self.charged));
+        }
         let reason = self.refused.as_ref().map(|(_, reason, _)| *reason);
         let provider = self.provider.as_deref().map(|p| Metrics::provider_label(&shared.peers.named, p));
         shared.metrics.request(self.endpoint, self.decision, reason.unwrap_or_default(), provider);

@@ -9,6 +9,7 @@ mod admin;
 mod door;
 mod forward;
 mod peek;
+mod reload;
 mod start;
 mod stream;
 
@@ -22,6 +23,7 @@ use crate::problem::{Refusal, TokenProblem};
 use crate::telemetry::{AccessLog, Decision, Metrics};
 use crate::upstream::Nodes;
 use account::{RequestContext, status_written};
+use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::{StatusCode, header};
@@ -42,7 +44,8 @@ struct Shared {
     peers: Peers,
     timeouts: Timeouts,
     max_body: Vec<(&'static str, u64)>,
-    admission: Admission,
+    /// The limits; a reload exchanges them.
+    admission: ArcSwap<Admission>,
     privacy_pass: Option<Origin>,
     nodes: Nodes,
     metrics: Metrics,
@@ -88,8 +91,9 @@ impl Gateway {
                 member: None,
                 target: None,
                 cost: 1,
+                octets: 0,
             };
-            let admitted = self.limits_and_token(session, ctx, &subject);
+            let admitted = self.limits_and_token(session, ctx, &subject).await;
             ctx.provider = provider;
             return admitted;
         }
@@ -113,7 +117,11 @@ impl Gateway {
             stop.refusal
         })?;
         let envelope = endpoint.read(held.octets()).map_err(Refusal::Malformed)?;
-        self.identify_and_admit(session, ctx, &connection, &envelope)
+        // What is not declared is what has come; the rest is charged when it is in.
+        let declared = peek::content_length(session.req_header());
+        ctx.owes = declared.is_none() && !session.as_mut().is_body_done();
+        ctx.charged = declared.unwrap_or(held.octets().len() as u64);
+        self.identify_and_admit(session, ctx, &connection, &envelope).await
     }
 
     /// Host (`:authority`) and SNI are ours, the port aside.
@@ -136,7 +144,7 @@ impl Gateway {
         }
     }
 
-    fn identify_and_admit(
+    async fn identify_and_admit(
         &self,
         session: &Session,
         ctx: &mut RequestContext,
@@ -148,7 +156,7 @@ impl Gateway {
         if let Some(group) = envelope.group_id {
             ctx.group_hash = Some(forward::group_hash(group));
             // For the log alone.
-            ctx.group_pseudonym = shared.access_log.is_on().then(|| shared.admission.pseudonym(group));
+            ctx.group_pseudonym = shared.access_log.is_on().then(|| shared.admission.load().pseudonym(group));
         }
         if !shared.provider.is_recipient(&envelope.recipient) {
             return Err(Refusal::Misdirected("recipient"));
@@ -162,23 +170,26 @@ impl Gateway {
             member: envelope.member,
             target: envelope.target,
             cost: envelope.cost,
+            octets: u32::try_from(ctx.charged).unwrap_or(u32::MAX),
         };
-        let admitted = self.limits_and_token(session, ctx, &subject);
+        let admitted = self.limits_and_token(session, ctx, &subject).await;
         ctx.provider = provider;
         admitted
     }
 
     /// Limits before tokens: a token is dear to check. It is taken in hand before the limits are charged, and spent only
     /// once the request is on its way to the Delivery Service.
-    fn limits_and_token(
+    async fn limits_and_token(
         &self,
         session: &Session,
         ctx: &mut RequestContext,
         subject: &Subject<'_>,
     ) -> std::result::Result<(), Refusal> {
-        let admission = &self.0.admission;
+        let admission = &self.0.admission.load_full();
+        let limited = |violated| Refusal::Limited { violated, challenge: None };
+        ctx.tickets = admission.enter(subject).map_err(limited)?;
         let headers = &session.req_header().headers;
-        let required = admission.policy().token_required(subject.operation);
+        let required = admission.policy().token_required(subject.operation, subject.ip);
         let origin = self.0.privacy_pass.as_ref();
         let challenge = || origin.and_then(Origin::challenge);
         let redeem = || -> std::result::Result<Reservation, Refusal> {
@@ -186,15 +197,20 @@ impl Gateway {
             origin.redeem(headers).map_err(|problem| Refusal::Token { problem, challenge: challenge() })
         };
 
-        let (first, tally) = admission.decide(subject, false, !required);
+        let (first, tally) = admission.decide(subject, false, !required).await;
         let missing = match first {
             Verdict::Pass { .. } if !required => {
                 admission.account(&tally);
+                ctx.admitted(admission, subject);
                 return Ok(());
             }
             Verdict::Refuse { violated, token_helps: false } => {
                 admission.account(&tally);
-                return Err(Refusal::Limited { violated, challenge: None });
+                return Err(limited(violated));
+            }
+            Verdict::Unavailable { policies } => {
+                admission.account(&tally);
+                return Err(Refusal::LimitsUnavailable { policies });
             }
             Verdict::Pass { .. } => None,
             Verdict::Refuse { violated, .. } => Some(violated),
@@ -202,7 +218,7 @@ impl Gateway {
         // To verify a token is dear, and one that fails is charged to no limit: who brings many has a limit for that.
         let tries = privacypass::has_credential(headers);
         if tries && let Err(violated) = admission.token_attempt(subject.ip, false) {
-            return Err(Refusal::Limited { violated: vec![violated], challenge: None });
+            return Err(limited(vec![violated]));
         }
         let redeemed = redeem();
         if matches!(redeemed, Err(Refusal::Token { problem: TokenProblem::BadAuthenticator, .. })) {
@@ -217,14 +233,16 @@ impl Gateway {
             }
             (Err(other), _) => return Err(other),
         };
-        let (second, tally) = admission.decide(subject, true, true);
+        let (second, tally) = admission.decide(subject, true, true).await;
         admission.account(&tally);
         match second {
             Verdict::Pass { .. } => {
                 ctx.token = Some(token);
+                ctx.admitted(admission, subject);
                 Ok(())
             }
-            Verdict::Refuse { violated, .. } => Err(Refusal::Limited { violated, challenge: None }),
+            Verdict::Refuse { violated, .. } => Err(limited(violated)),
+            Verdict::Unavailable { policies } => Err(Refusal::LimitsUnavailable { policies }),
         }
     }
 
@@ -233,6 +251,7 @@ impl Gateway {
         let status = refusal.status();
         let limits = match refusal {
             Refusal::Limited { violated, .. } => violated.iter().map(|v| v.policy.clone()).collect(),
+            Refusal::LimitsUnavailable { policies } => policies.clone(),
             _ => vec![],
         };
         ctx.decision = Decision::Refused;

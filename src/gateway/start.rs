@@ -1,18 +1,22 @@
 //! From a configuration to a running server, and from SIGTERM to its end.
 
-use super::{Gateway, Shared, admin, door};
+use super::{Gateway, Shared, admin, door, reload};
 use crate::admission::Admission;
 use crate::config::Config;
+use crate::limiter::Limiter;
+use crate::limiter::fleet::Fleet;
 use crate::limiter::memory::Memory;
 use crate::telemetry::{AccessLog, Metrics};
 use crate::tls;
 use crate::upstream::Nodes;
+use arc_swap::ArcSwap;
 use pingora_core::listeners::{L4BufferSettings, ListenerConfig};
 use pingora_core::protocols::http::v2::server::H2Options;
 use pingora_core::server::configuration::ServerConf;
 use pingora_core::server::{ExecutionPhase, RunArgs, Server};
 use pingora_core::services::listening::Service;
 use pingora_proxy::HttpProxy;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -33,17 +37,22 @@ pub enum StartError {
     /// An address cannot be listened at.
     #[error("{0}: {1}")]
     Listen(std::net::SocketAddr, std::io::Error),
+    /// The store of limits cannot be begun with, or signals cannot be listened for.
+    #[error("{0}: {1}")]
+    Io(&'static str, std::io::Error),
     /// The system gives no randomness.
     #[error("the system gives no randomness")]
     Randomness,
 }
 
-/// Runs a gateway until it is told to stop: SIGTERM lets the requests under way end first, SIGINT does not.
+/// Runs a gateway until it is told to stop: SIGTERM lets the requests under way end first, SIGINT does not. SIGHUP has the
+/// limits read again from the configuration in `file`.
 ///
 /// # Errors
 /// [`StartError`].
-pub fn run(config: Config) -> std::result::Result<(), StartError> {
+pub fn run(config: Config, file: &Path) -> std::result::Result<(), StartError> {
     let (server, shared) = server(config)?;
+    reload::on_hangup(file.into(), shared.clone()).map_err(|e| StartError::Io("SIGHUP", e))?;
     let phases = server.watch_execution_phase();
     let draining = shared.clone();
     std::thread::spawn(move || drain(phases, &draining));
@@ -79,11 +88,21 @@ fn server(config: Config) -> std::result::Result<(Server, Arc<Shared>), StartErr
         std::net::TcpListener::bind(address).map_err(|e| StartError::Listen(address, e))?;
     }
     let metrics = Metrics::new(&config.peers.named)?;
-    let counters = config.policy.limits.iter().map(|l| metrics.limit(&l.name, l.enforce)).collect();
-    let store = Memory::new(config.limit_memory, config.policy.overflow_buckets(), metrics.limits_overflowed.clone());
-    let secret = crate::config::random().ok_or(StartError::Randomness)?;
+    // For what makes its own TLS configuration: a cluster's connections to the store of limits.
+    let _ = tls::provider().install_default();
+    let counters = metrics.limits(&config.policy);
+    metrics.generation.set(1);
+    let memory = Memory::new(config.limit_memory, metrics.limits_overflowed.clone());
+    let (fleet, secret) = match config.limit_store {
+        Some((settings, secret)) => {
+            let fleet = Fleet::start(settings, metrics.store()?).map_err(|e| StartError::Io("limits.redis", e))?;
+            (Some(fleet), secret)
+        }
+        None => (None, crate::config::random().ok_or(StartError::Randomness)?),
+    };
+    let limiter = Arc::new(Limiter::new(memory, fleet));
     let shared = Arc::new(Shared {
-        admission: Admission::new(config.policy, Arc::new(store), secret, counters),
+        admission: ArcSwap::from_pointee(Admission::new(config.policy, limiter, secret, counters)),
         provider: config.provider,
         peers: config.peers,
         timeouts: config.timeouts,

@@ -8,10 +8,12 @@
 use std::time::Duration;
 
 /// A rate and a burst.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Gcra {
-    /// Nanoseconds a cell takes to come back.
+    /// What a cell takes to come back, in nanoseconds of 2^16 parts: an octet's time may be less than a nanosecond.
     cell: u64,
+    /// Nanoseconds a whole burst takes to come back.
+    window: u64,
     /// Cells that may be taken at once.
     burst: u32,
 }
@@ -25,14 +27,29 @@ pub enum TooMany {
     Never,
 }
 
+/// Bits of [`Gcra::cell`] below a nanosecond.
+const FRACTION: u32 = 16;
+
 impl Gcra {
-    /// `rate` cells in `period`, `burst` at once. None where a cell would take no time, there is no burst, or a burst takes
-    /// more than a century to come back: beyond that the clock's 64 bits would saturate, and a saturated limit is none.
+    /// `rate` cells in `period`, `burst` at once; a cell takes whole nanoseconds, rounded down. None where a cell would take
+    /// no time, there is no burst, or a burst takes more than a century to come back: beyond that the clock's 64 bits would
+    /// saturate, and a saturated limit is none.
     pub fn new(rate: u32, period: Duration, burst: u32) -> Option<Self> {
-        const CENTURY: u128 = 100 * 366 * 86_400 * 1_000_000_000;
         let cell = period.as_nanos().checked_div(u128::from(rate)).filter(|cell| *cell > 0)?;
-        let fits = burst > 0 && cell.checked_mul(u128::from(burst)).is_some_and(|window| window <= CENTURY);
-        fits.then_some(Self { cell: u64::try_from(cell).ok()?, burst })
+        Self::of_cell(cell.checked_shl(FRACTION)?, burst)
+    }
+
+    /// As [`Gcra::new`], of cells that are octets: up to 65,536 of them in a nanosecond.
+    pub fn of_octets(rate: u64, period: Duration, burst: u32) -> Option<Self> {
+        let cell = period.as_nanos().checked_shl(FRACTION)?.checked_div(u128::from(rate)).filter(|cell| *cell > 0)?;
+        Self::of_cell(cell, burst)
+    }
+
+    fn of_cell(cell: u128, burst: u32) -> Option<Self> {
+        const CENTURY: u128 = 100 * 366 * 86_400 * 1_000_000_000;
+        let window = cell.checked_mul(u128::from(burst))?.checked_add((1 << FRACTION) - 1)? >> FRACTION;
+        let fits = burst > 0 && window <= CENTURY;
+        fits.then_some(Self { cell: u64::try_from(cell).ok()?, window: u64::try_from(window).ok()?, burst })
     }
 
     /// Cells that may be taken at once.
@@ -42,7 +59,20 @@ impl Gcra {
 
     /// How long a whole burst takes to come back.
     pub fn window(&self) -> Duration {
-        Duration::from_nanos(self.cell.saturating_mul(u64::from(self.burst)))
+        Duration::from_nanos(self.window)
+    }
+
+    /// Nanoseconds that `cost` cells take to come back, rounded up.
+    #[inline]
+    pub fn increment(&self, cost: u32) -> u64 {
+        let parts = u128::from(self.cell) * u128::from(cost) + ((1 << FRACTION) - 1);
+        u64::try_from(parts >> FRACTION).unwrap_or(u64::MAX)
+    }
+
+    /// Cells a key has, if `cost` of them are to be had in `wait`.
+    pub fn left(&self, cost: u32, wait: Duration) -> u32 {
+        let lacking = (wait.as_nanos() << FRACTION).div_ceil(u128::from(self.cell.max(1)));
+        cost.saturating_sub(u32::try_from(lacking).unwrap_or(u32::MAX))
     }
 
     /// Takes `cost` cells at `now` from a key whose theoretical arrival time is `tat`: its new one.
@@ -54,9 +84,15 @@ impl Gcra {
         if cost > self.burst {
             return Err(TooMany::Never);
         }
-        let tat = tat.max(now).saturating_add(self.cell.saturating_mul(u64::from(cost)));
-        let latest = now.saturating_add(self.cell.saturating_mul(u64::from(self.burst)));
+        let tat = self.charge(tat, now, cost);
+        let latest = now.saturating_add(self.window);
         if tat <= latest { Ok(tat) } else { Err(TooMany::Wait(Duration::from_nanos(tat - latest))) }
+    }
+
+    /// Takes `cost` cells, whether or not there are so many: what has been used already is owed.
+    #[inline]
+    pub fn charge(&self, tat: u64, now: u64, cost: u32) -> u64 {
+        tat.max(now).saturating_add(self.increment(cost))
     }
 }
 
@@ -99,6 +135,38 @@ mod tests {
                 }
             }
         }
+    }
+
+    proptest! {
+        /// Cells of less than a nanosecond: never more than the rate, and less by no more than what rounding takes.
+        #[test]
+        fn octets_hold_their_rate(rate in 1u64..20_000_000_000, sizes in prop::collection::vec(1u32..5_000_000, 1..200)) {
+            let burst = 5_000_000;
+            let Some(gcra) = Gcra::of_octets(rate, Duration::from_secs(1), burst) else { return Ok(()) };
+            let (mut tat, mut now, mut taken) = (0, 1u64, 0u128);
+            for size in &sizes {
+                match gcra.take(tat, now, *size) {
+                    Ok(new) => tat = new,
+                    Err(TooMany::Wait(wait)) => {
+                        now += wait.as_nanos() as u64;
+                        tat = gcra.take(tat, now, *size).expect("who waits as told is let in");
+                    }
+                    Err(TooMany::Never) => unreachable!("no size is above the burst"),
+                }
+                taken += u128::from(*size);
+                let fair = u128::from(burst) + u128::from(rate) * u128::from(now) / 1_000_000_000 + 1;
+                // The cell is rounded down to a 65,536th of a nanosecond.
+                prop_assert!(taken <= fair + fair * u128::from(rate) / (1_000_000_000 << 16) + 1, "{} of {}", taken, fair);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_left_follows_from_the_wait() {
+        let gcra = Gcra::new(1, Duration::from_secs(1), 5).unwrap();
+        let tat = gcra.take(0, 1, 3).unwrap();
+        let Err(TooMany::Wait(wait)) = gcra.take(tat, 1, 4) else { panic!("two are left") };
+        assert_eq!(gcra.left(4, wait), 2);
     }
 
     #[test]

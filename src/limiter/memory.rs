@@ -1,152 +1,319 @@
 //! The state of limits on a single node: a table of fixed size, given once and never grown.
 //!
 //! A key has 24 octets: its hash and its theoretical arrival time. Keys are spread over shards, each behind a lock of its
-//! own, and within a shard over buckets of eight places. An entry whose time has passed is as good as a free place. When
-//! all eight places of a bucket are live, a new key shares its limit's overflow bucket: whoever floods the table with
-//! made-up keys neither grows it nor makes it forget a key it knows, and gets no more than one key's rate for it.
+//! own. Within its shard a key may be in one of two buckets of five places, and when both are full of others, one of these
+//! goes to its own other bucket: at 32 octets a key, four fifths of all places, every key finds room. A bucket
+//! is two cache lines, and says until when any key that belongs there may be in its other one: as a rule one bucket is read.
+//!
+//! An entry whose time has passed is as good as a free place. When there is none, a new key shares its limit's overflow
+//! bucket: whoever floods the table with made-up keys neither grows it nor makes it forget a key it knows, and gets no more
+//! than one key's rate for it.
 //!
 //! The shards of a request's keys are locked in ascending order, the overflow last: requests that share keys cannot wait
 //! for each other in a circle, and none sees another's half-made decision.
 
 use super::gcra::{Gcra, TooMany};
-use super::{Check, Key, Outcome, Outcomes, Store};
-use parking_lot::{Mutex, MutexGuard};
+use super::locks::{Locks, ParkingLot};
+use super::{Check, Key, Outcome, Outcomes};
 use smallvec::SmallVec;
+use std::collections::HashMap;
 
-/// Hash (two halves) and theoretical arrival time; a time of 0 has always passed.
-type Place = [u64; 3];
+/// Eight octets of which a bucket is made.
+type Word = u64;
 
-const PLACES: usize = 8;
+/// Words of a place: the hash (two halves) and the theoretical arrival time; a time of 0 has always passed.
+const PLACE: usize = 3;
+
+/// Places of a bucket.
+const PLACES: usize = 5;
+
+/// Words of a bucket: its places, and the time until which a key that belongs here first may be in its second bucket.
+const BUCKET: usize = 16;
+
+/// Where in a bucket that time is.
+const SPILLED: usize = PLACES * PLACE;
+
+type Bucket = [Word; BUCKET];
+
+/// Shards of a store; one of a small budget has fewer.
 const SHARDS: usize = 1024;
 
-/// The buckets behind one lock.
-type Shard = Box<[[Place; PLACES]]>;
+/// Nanoseconds for which a shard that was found full is taken to be so.
+const FULL_FOR: u64 = 1_000_000;
 
-/// The in-memory [`Store`].
-pub struct Memory {
-    shards: Box<[Mutex<Shard>]>,
-    /// Theoretical arrival times of the overflow buckets, one a limit.
-    overflow: Mutex<Box<[u64]>>,
-    buckets: u64,
+/// The buckets behind one lock.
+struct Shard {
+    words: Box<[Word]>,
+    /// Words before the first bucket: a bucket begins with a cache line.
+    offset: usize,
+    /// Until when no room is looked for among others' places, because none was found.
+    full_until: u64,
+}
+
+/// The in-memory store of limits' state.
+pub struct Memory<L: Locks = ParkingLot> {
+    shards: Box<[L::Mutex<Shard>]>,
+    /// Theoretical arrival times of overflow buckets, by their limit's key for it.
+    overflow: L::Mutex<HashMap<Key, u64>>,
+    /// Buckets of a shard.
+    buckets: usize,
     overflowed: prometheus::IntCounter,
 }
 
-impl std::fmt::Debug for Memory {
+impl<L: Locks> std::fmt::Debug for Memory<L> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Memory").field("capacity", &self.capacity()).finish_non_exhaustive()
     }
 }
 
-/// Where the state of a key was found, or may be put.
+/// Where the state of a key is, or may be put: a shard among those held, a bucket in it, a word in that.
+#[derive(Debug, Clone, Copy)]
 enum Slot {
-    Place { shard: usize, bucket: usize, place: usize },
-    Overflow(usize),
+    Place { held: usize, bucket: usize, at: usize },
+    Overflow,
 }
 
-type Guards<'a> = SmallVec<[(usize, MutexGuard<'a, Shard>); 8]>;
+type Guards<'a, L> = SmallVec<[(usize, <L as Locks>::Guard<'a, Shard>); 8]>;
+
+/// Two halves of a key.
+#[inline]
+fn halves(key: Key) -> (Word, Word) {
+    ((key.0 >> 64) as u64, key.0 as u64)
+}
+
+// === impl Shard ===
+
+impl Shard {
+    /// Free buckets. Zeroed memory is free places: the system gives it page by page, as it is used.
+    fn new(buckets: usize) -> Self {
+        let words = vec![0; (buckets + 1) * BUCKET].into_boxed_slice();
+        let offset = words.as_ptr().align_offset(size_of::<Bucket>()).min(BUCKET);
+        Self { words, offset, full_until: 0 }
+    }
+
+    #[inline]
+    fn bucket(&self, bucket: usize) -> Option<&Bucket> {
+        self.words.get(self.offset..)?.as_chunks::<BUCKET>().0.get(bucket)
+    }
+
+    #[inline]
+    fn bucket_mut(&mut self, bucket: usize) -> Option<&mut Bucket> {
+        self.words.get_mut(self.offset..)?.as_chunks_mut::<BUCKET>().0.get_mut(bucket)
+    }
+
+    /// Puts a key into a place of `bucket`, which is `first` of its buckets or the other.
+    #[inline]
+    fn put(&mut self, first: usize, bucket: usize, at: usize, (high, low): (Word, Word), tat: u64) {
+        if let Some([a, b, time]) = self.bucket_mut(bucket).and_then(|b| b.get_mut(at..at + PLACE)) {
+            (*a, *b, *time) = (high, low, tat);
+        }
+        if bucket != first
+            && let Some(spilled) = self.bucket_mut(first).map(|b| &mut b[SPILLED])
+        {
+            *spilled = tat.max(*spilled);
+        }
+    }
+}
+
+/// The word at which a live entry of a key begins, and its time.
+#[inline]
+fn live(bucket: &Bucket, (high, low): (Word, Word), now: u64) -> Option<(usize, u64)> {
+    let (places, _) = bucket.as_chunks::<PLACE>();
+    let found = places.iter().position(|[a, b, tat]| *a == high && *b == low && *tat > now)?;
+    Some((found * PLACE, places.get(found)?[2]))
+}
+
+/// The word at which the first free place begins.
+#[inline]
+fn free(bucket: &Bucket, now: u64) -> Option<usize> {
+    let (places, _) = bucket.as_chunks::<PLACE>();
+    places.iter().position(|[_, _, tat]| *tat <= now).map(|place| place * PLACE)
+}
+
+/// How many places are free.
+#[inline]
+fn count_free(bucket: &Bucket, now: u64) -> usize {
+    bucket.as_chunks::<PLACE>().0.iter().filter(|[_, _, tat]| *tat <= now).count()
+}
+
+// === impl Memory ===
 
 impl Memory {
-    /// A table of at most `budget` octets, and `overflow` overflow buckets beside it. `overflowed` counts decisions that
-    /// fell to one of these.
-    pub fn new(budget: usize, overflow: usize, overflowed: prometheus::IntCounter) -> Self {
-        let buckets = (budget / size_of::<[Place; PLACES]>() / SHARDS).max(1);
-        // Zeroed memory is a table of free places: the system gives it page by page, as it is used.
-        let shard = || Mutex::new(vec![[[0u64; 3]; PLACES]; buckets].into_boxed_slice());
+    /// A table of at most `budget` octets. `overflowed` counts decisions that fell to an overflow bucket.
+    pub fn new(budget: usize, overflowed: prometheus::IntCounter) -> Self {
+        Self::with_locks(budget, SHARDS, overflowed)
+    }
+}
+
+impl<L: Locks> Memory<L> {
+    /// As [`Memory::new`], with other locks, and `shards` of them at most.
+    pub fn with_locks(budget: usize, shards: usize, overflowed: prometheus::IntCounter) -> Self {
+        let shards = shards.min(budget / (16 * size_of::<Bucket>())).max(1);
+        let room = (budget / shards).saturating_sub(size_of::<L::Mutex<Shard>>()) / size_of::<Bucket>();
+        // A shard has a bucket's room more than buckets, to begin with a cache line.
+        let buckets = room.saturating_sub(1).max(1);
         Self {
-            shards: (0..SHARDS).map(|_| shard()).collect(),
-            overflow: Mutex::new(vec![0; overflow].into_boxed_slice()),
-            buckets: buckets as u64,
+            shards: (0..shards).map(|_| L::mutex(Shard::new(buckets))).collect(),
+            overflow: L::mutex(HashMap::new()),
+            buckets,
             overflowed,
         }
     }
 
     /// How many keys have room.
     pub fn capacity(&self) -> usize {
-        self.buckets as usize * SHARDS * PLACES
+        self.buckets * self.shards.len() * PLACES
     }
 
-    fn shard_of(key: Key) -> usize {
-        key.0 as usize % SHARDS
+    /// Octets the table takes, all told.
+    pub fn octets(&self) -> usize {
+        self.shards.len() * ((self.buckets + 1) * size_of::<Bucket>() + size_of::<L::Mutex<Shard>>())
     }
 
-    fn lock(&self, checks: &[Check]) -> Guards<'_> {
-        let mut wanted: SmallVec<[usize; 24]> = checks
-            .iter()
-            .flat_map(|check| [Some(check.key), check.top_up.map(|second| second.key)])
-            .flatten()
-            .map(Self::shard_of)
-            .collect();
+    #[inline]
+    fn shard_of(&self, key: Key) -> usize {
+        ((u64::from(key.0 as u32) * self.shards.len() as u64) >> 32) as usize
+    }
+
+    /// The two buckets a key may be in. They come from other bits than the shard, and say nothing of each other.
+    #[inline]
+    fn buckets_of(&self, (high, low): (Word, Word)) -> (usize, usize) {
+        let scale = |bits: u64| ((u128::from(bits) * self.buckets as u128) >> 64) as usize;
+        let (first, second) = (scale(high), scale(low));
+        if first == second { (first, (first + 1) % self.buckets) } else { (first, second) }
+    }
+
+    fn lock(&self, keys: impl Iterator<Item = Key>) -> Guards<'_, L> {
+        let mut wanted: SmallVec<[usize; 24]> = keys.map(|key| self.shard_of(key)).collect();
         wanted.sort_unstable();
         wanted.dedup();
-        wanted.into_iter().filter_map(|i| Some((i, self.shards.get(i)?.lock()))).collect()
+        wanted.into_iter().filter_map(|i| Some((i, L::lock(self.shards.get(i)?)))).collect()
     }
 
     /// The place of `key` and its theoretical arrival time, 0 if it has none.
     #[inline]
-    fn find(&self, guards: &Guards<'_>, key: Key, now: u64, overflow: usize) -> (Slot, u64) {
-        let shard = Self::shard_of(key);
-        // The shard is taken from the low bits, the bucket from the high ones: neither says anything of the other.
-        let bucket = (((key.0 >> 64) * u128::from(self.buckets)) >> 64) as usize;
-        let (high, low) = ((key.0 >> 64) as u64, key.0 as u64);
-        let mut free = None;
-        let places = guards.iter().find(|(i, _)| *i == shard).and_then(|(_, table)| table.get(bucket));
-        for (place, &[a, b, tat]) in places.into_iter().flatten().enumerate() {
-            if (a, b) == (high, low) && tat > now {
-                return (Slot::Place { shard, bucket, place }, tat);
+    fn find(&self, guards: &mut Guards<'_, L>, key: Key, now: u64) -> (Slot, u64) {
+        let words = halves(key);
+        let index = self.shard_of(key);
+        let Some(held) = guards.iter().position(|(i, _)| *i == index) else { return (Slot::Overflow, 0) };
+        let Some((_, shard)) = guards.get_mut(held) else { return (Slot::Overflow, 0) };
+        let (first, second) = self.buckets_of(words);
+        let Some(bucket) = shard.bucket(first) else { return (Slot::Overflow, 0) };
+        if let Some((at, tat)) = live(bucket, words, now) {
+            return (Slot::Place { held, bucket: first, at }, tat);
+        }
+        let mut room = free(bucket, now).map(|at| (first, at));
+        let spilled = bucket[SPILLED] > now;
+        if !spilled && room.is_some() && (count_free(bucket, now) > 1 || first == second) {
+            let Some((bucket, at)) = room else { return (Slot::Overflow, 0) };
+            return (Slot::Place { held, bucket, at }, 0);
+        }
+        if let Some(bucket) = shard.bucket(second) {
+            if spilled && let Some((at, tat)) = live(bucket, words, now) {
+                return (Slot::Place { held, bucket: second, at }, tat);
             }
-            if free.is_none() && tat <= now {
-                free = Some(place);
+            // The last place of a bucket is for keys that have no other.
+            if count_free(bucket, now) > usize::from(room.is_some()) {
+                room = free(bucket, now).map(|at| (second, at));
             }
         }
-        match free {
-            Some(place) => (Slot::Place { shard, bucket, place }, 0),
-            None => (Slot::Overflow(overflow), 0),
+        match room.or_else(|| self.make_room(shard, [first, second], now)) {
+            Some((bucket, at)) => (Slot::Place { held, bucket, at }, 0),
+            None => (Slot::Overflow, 0),
         }
     }
 
-    fn set(guards: &mut Guards<'_>, slot: &Slot, key: Key, tat: u64) {
-        let Slot::Place { shard, bucket, place } = *slot else { return };
-        let table = guards.iter_mut().find(|(i, _)| *i == shard).map(|(_, table)| table);
-        if let Some(entry) = table.and_then(|table| table.get_mut(bucket)).and_then(|places| places.get_mut(place)) {
-            *entry = [(key.0 >> 64) as u64, key.0 as u64, tat];
+    /// Both buckets of a new key are full of others: moves one of these to its own other bucket, or if these are all full,
+    /// one of theirs first.
+    #[cold]
+    fn make_room(&self, shard: &mut Shard, full: [usize; 2], now: u64) -> Option<(usize, usize)> {
+        if shard.full_until > now {
+            return None;
+        }
+        for from in full {
+            for at in (0..SPILLED).step_by(PLACE) {
+                if self.move_on(shard, from, at, now) {
+                    return Some((from, at));
+                }
+            }
+        }
+        for from in full {
+            for at in (0..SPILLED).step_by(PLACE) {
+                let (_, to) = self.other_bucket(shard, from, at)?;
+                for further in (0..SPILLED).step_by(PLACE) {
+                    if to != from && self.move_on(shard, to, further, now) && self.move_on(shard, from, at, now) {
+                        return Some((from, at));
+                    }
+                }
+            }
+        }
+        // A flood must not make us look again and again.
+        shard.full_until = now.saturating_add(FULL_FOR);
+        None
+    }
+
+    /// Of a key in a place: the bucket it belongs to first, and the one of its two that it is not in.
+    fn other_bucket(&self, shard: &Shard, from: usize, at: usize) -> Option<(usize, usize)> {
+        let [high, low] = *shard.bucket(from)?.get(at..)?.first_chunk()?;
+        let (first, second) = self.buckets_of((high, low));
+        Some((first, if first == from { second } else { first }))
+    }
+
+    /// Moves a key to its other bucket, if that has room.
+    fn move_on(&self, shard: &mut Shard, from: usize, at: usize, now: u64) -> bool {
+        let Some((first, to)) = self.other_bucket(shard, from, at) else { return false };
+        let Some(free) = shard.bucket(to).filter(|_| to != from).and_then(|bucket| free(bucket, now)) else {
+            return false;
+        };
+        let Some(&[high, low, tat]) = shard.bucket(from).and_then(|b| b.get(at..)?.first_chunk()) else { return false };
+        shard.put(first, to, free, (high, low), tat);
+        // Not in two places at any time that anyone sees: the shard is locked.
+        shard.put(from, from, at, (0, 0), 0);
+        true
+    }
+
+    fn set(&self, guards: &mut Guards<'_, L>, slot: Slot, key: Key, tat: u64) {
+        let Slot::Place { held, bucket, at } = slot else { return };
+        if let Some((_, shard)) = guards.get_mut(held) {
+            let words = halves(key);
+            shard.put(self.buckets_of(words).0, bucket, at, words, tat);
         }
     }
-}
 
-impl Store for Memory {
-    fn decide(&self, now: u64, checks: &[Check], charge: bool, outcomes: &mut Outcomes) -> bool {
+    /// Asks all checks together at `now` (nanoseconds of the node's clock, never 0). Charges them, if `charge` is set and
+    /// every enforced one lets the request pass: those that do, and of the shadows those that would. Returns whether all
+    /// enforced ones do.
+    pub fn decide(&self, now: u64, checks: &[Check], charge: bool, outcomes: &mut Outcomes) -> bool {
         outcomes.clear();
-        let mut guards = self.lock(checks);
-        let mut overflow: Option<MutexGuard<'_, Box<[u64]>>> = None;
+        let second = |check: &Check| check.top_up.map(|second| second.key);
+        let mut guards = self.lock(checks.iter().flat_map(|check| [Some(check.key), second(check)]).flatten());
+        let mut overflow: Option<L::Guard<'_, HashMap<Key, u64>>> = None;
         // What is charged is written at once and taken back if a later limit refuses: two keys of one request that find
-        // the same free place must not both be put there.
-        let mut charged: SmallVec<[(Slot, Key, u64, u64); 12]> = SmallVec::new();
+        // the same free place must not both be put there. By key, for a later one may make an earlier one move.
+        let mut charged: SmallVec<[(bool, Key, u64); 12]> = SmallVec::new();
         let mut pass = true;
 
         for check in checks {
-            let mut ask = |key: Key, gcra: Gcra, bucket: usize| -> Result<(), TooMany> {
-                let (slot, mut tat) = self.find(&guards, key, now, bucket);
-                if let Slot::Overflow(bucket) = slot {
+            let mut ask = |key: Key, gcra: &Gcra, bucket: Key| -> Result<(), TooMany> {
+                let (slot, mut tat) = self.find(&mut guards, key, now);
+                if let Slot::Overflow = slot {
                     self.overflowed.inc();
-                    let times = overflow.get_or_insert_with(|| self.overflow.lock());
-                    tat = times.get(bucket).copied().unwrap_or(0);
+                    let times = overflow.get_or_insert_with(|| L::lock(&self.overflow));
+                    tat = times.get(&bucket).copied().unwrap_or(0);
+                    let new = gcra.take(tat, now, check.cost)?;
+                    remember(times, bucket, new, now);
+                    charged.push((true, bucket, tat));
+                } else {
+                    let new = gcra.take(tat, now, check.cost)?;
+                    self.set(&mut guards, slot, key, new);
+                    charged.push((false, key, tat));
                 }
-                let new = gcra.take(tat, now, check.cost)?;
-                match slot {
-                    Slot::Place { .. } => Self::set(&mut guards, &slot, key, new),
-                    Slot::Overflow(bucket) => {
-                        if let Some(time) = overflow.as_mut().and_then(|times| times.get_mut(bucket)) {
-                            *time = new;
-                        }
-                    }
-                }
-                charged.push((slot, key, tat, new));
                 Ok(())
             };
-            let outcome = match ask(check.key, check.gcra, check.overflow) {
+            let outcome = match ask(check.key, &check.gcra, check.overflow) {
                 Ok(()) => Outcome::Allowed,
                 Err(refusal) => {
-                    let topped_up = check.top_up.is_some_and(|t| ask(t.key, t.gcra, t.overflow).is_ok());
+                    let topped_up = check.top_up.is_some_and(|t| ask(t.key, &t.gcra, t.overflow).is_ok());
                     match refusal {
                         _ if topped_up => Outcome::ToppedUp,
                         TooMany::Wait(wait) => Outcome::Refused(Some(wait)),
@@ -159,135 +326,48 @@ impl Store for Memory {
         }
 
         if !(charge && pass) {
-            for (slot, key, before, _) in charged.into_iter().rev() {
-                match slot {
-                    Slot::Place { .. } => Self::set(&mut guards, &slot, key, before),
-                    Slot::Overflow(bucket) => {
-                        if let Some(time) = overflow.as_mut().and_then(|times| times.get_mut(bucket)) {
-                            *time = before;
-                        }
-                    }
+            for (overflowed, key, before) in charged.into_iter().rev() {
+                if overflowed {
+                    overflow.as_mut().map(|times| times.insert(key, before));
+                } else if let (slot @ Slot::Place { .. }, tat) = self.find(&mut guards, key, now)
+                    && tat > now
+                {
+                    self.set(&mut guards, slot, key, before);
                 }
             }
         }
         pass
     }
+
+    /// Charges what has been used already, whether or not there is so much.
+    pub fn charge(&self, now: u64, checks: &[Check]) {
+        let mut guards = self.lock(checks.iter().map(|check| check.key));
+        for check in checks {
+            match self.find(&mut guards, check.key, now) {
+                (slot @ Slot::Place { .. }, tat) => {
+                    self.set(&mut guards, slot, check.key, check.gcra.charge(tat, now, check.cost));
+                }
+                (Slot::Overflow, _) => {
+                    self.overflowed.inc();
+                    let mut times = L::lock(&self.overflow);
+                    let tat = times.get(&check.overflow).copied().unwrap_or(0);
+                    remember(&mut times, check.overflow, check.gcra.charge(tat, now, check.cost), now);
+                }
+            }
+        }
+    }
+}
+
+/// Notes the time of an overflow bucket. There is one for each limit and rate; those of limits that a reload took away go
+/// once their time has passed.
+fn remember(times: &mut HashMap<Key, u64>, bucket: Key, tat: u64, now: u64) {
+    const MANY: usize = 4096;
+    if times.len() >= MANY && !times.contains_key(&bucket) {
+        times.retain(|_, tat| *tat > now);
+    }
+    times.insert(bucket, tat);
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::time::Duration;
-
-    const SECOND: u64 = 1_000_000_000;
-
-    fn store(budget: usize) -> Memory {
-        Memory::new(budget, 4, prometheus::IntCounter::new("overflowed", "overflowed").unwrap())
-    }
-
-    fn check(key: u128, burst: u32) -> Check {
-        let gcra = Gcra::new(1, Duration::from_secs(1), burst).unwrap();
-        Check { key: Key(key << 64 | key), gcra, cost: 1, enforce: true, overflow: 0, top_up: None }
-    }
-
-    fn ask(store: &Memory, now: u64, checks: &[Check]) -> (bool, Vec<Outcome>) {
-        let mut outcomes = Outcomes::new();
-        let pass = store.decide(now, checks, true, &mut outcomes);
-        (pass, outcomes.to_vec())
-    }
-
-    #[test]
-    fn a_refused_request_is_charged_to_none() {
-        let store = store(1 << 20);
-        let (wide, narrow) = (check(1, 3), check(2, 1));
-        assert!(ask(&store, SECOND, &[wide, narrow]).0);
-        for _ in 0..10 {
-            let (pass, outcomes) = ask(&store, SECOND, &[wide, narrow]);
-            assert!(!pass);
-            assert_eq!(outcomes, [Outcome::Allowed, Outcome::Refused(Some(Duration::from_secs(1)))]);
-        }
-        assert!(ask(&store, SECOND, &[wide]).0);
-        assert!(ask(&store, SECOND, &[wide]).0);
-        assert!(!ask(&store, SECOND, &[wide]).0, "ten refusals took nothing, two requests took the rest");
-    }
-
-    #[test]
-    fn shadows_change_nothing() {
-        let store = store(1 << 20);
-        let shadow = Check { enforce: false, ..check(1, 1) };
-        assert_eq!(ask(&store, SECOND, &[shadow, check(2, 9)]).1, [Outcome::Allowed; 2]);
-        let (pass, outcomes) = ask(&store, SECOND, &[shadow, check(2, 9)]);
-        assert!(pass);
-        assert_eq!(outcomes, [Outcome::Refused(Some(Duration::from_secs(1))), Outcome::Allowed]);
-    }
-
-    #[test]
-    fn a_token_tops_up_into_a_second_limit() {
-        let store = store(1 << 20);
-        let first = check(1, 1);
-        let second = check(9, 2);
-        let with =
-            Check { top_up: Some(super::super::TopUp { key: second.key, gcra: second.gcra, overflow: 1 }), ..first };
-        assert_eq!(ask(&store, SECOND, &[with]).1, [Outcome::Allowed]);
-        assert_eq!(ask(&store, SECOND, &[with]).1, [Outcome::ToppedUp]);
-        assert_eq!(ask(&store, SECOND, &[with]).1, [Outcome::ToppedUp]);
-        assert!(!ask(&store, SECOND, &[with]).0);
-        assert!(!ask(&store, SECOND, &[first]).0);
-    }
-
-    #[test]
-    fn asking_without_charging_takes_nothing() {
-        let store = store(1 << 20);
-        let mut outcomes = Outcomes::new();
-        for _ in 0..5 {
-            assert!(store.decide(SECOND, &[check(1, 1)], false, &mut outcomes));
-        }
-        assert!(ask(&store, SECOND, &[check(1, 1)]).0);
-        assert!(!ask(&store, SECOND, &[check(1, 1)]).0);
-    }
-
-    #[test]
-    fn a_flood_grows_nothing_and_resets_nobody() {
-        let store = store(1); // one bucket a shard
-        let capacity = store.capacity();
-        let known: Vec<_> = (0..50u128).map(|i| check(i * 7 + 1, 1)).collect();
-        for one in &known {
-            assert!(ask(&store, SECOND, &[*one]).0);
-        }
-        let made_up = |i: u128| check(1_000_000 + i, 1);
-        let let_in = (0..capacity as u128 * 4).filter(|i| ask(&store, SECOND, &[made_up(*i)]).0).count();
-        assert_eq!(let_in, capacity - known.len() + 1, "free places, and one cell of the overflow bucket");
-        for one in &known {
-            assert!(!ask(&store, SECOND, &[*one]).0, "a known key was forgotten");
-        }
-        // A second later all have their cell again: the known ones in their places.
-        for one in &known {
-            assert!(ask(&store, 2 * SECOND, &[*one]).0);
-            assert!(!ask(&store, 2 * SECOND, &[*one]).0);
-        }
-    }
-
-    #[test]
-    fn two_keys_of_one_request_never_share_a_place() {
-        let store = store(1);
-        let a = check(1, 1);
-        let b = Check { key: Key(a.key.0 + (1 << 64)), ..a }; // same shard, same bucket
-        assert!(ask(&store, SECOND, &[a, b]).0);
-        assert!(!ask(&store, SECOND, &[a]).0);
-        assert!(!ask(&store, SECOND, &[b]).0);
-    }
-
-    #[test]
-    fn threads_on_one_key_admit_exactly_the_burst() {
-        let store = store(1 << 20);
-        let checks = [check(1, 1000), check(2, 700), check(3, 900)];
-        let admitted: usize = std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                (0..4).map(|_| scope.spawn(|| (0..1000).filter(|_| ask(&store, SECOND, &checks).0).count())).collect();
-            threads.into_iter().map(|t| t.join().unwrap()).sum()
-        });
-        assert_eq!(admitted, 700);
-        let rest = |one: Check| (0..2000).filter(|_| ask(&store, SECOND, &[one]).0).count();
-        assert_eq!((rest(checks[0]), rest(checks[2])), (300, 200), "the refused ones were charged nowhere");
-    }
-}
+#[path = "memory_tests.rs"]
+mod tests;

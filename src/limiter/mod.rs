@@ -1,19 +1,38 @@
 //! Limits' state: how many cells a key has left, decided for all limits of a request at once.
 //!
-//! [`gcra`] is the algorithm, in one place, with time as an argument. [`Store`] is where keys' state lives; [`memory`] is
-//! the one of a single node. A store is asked with the [`Check`]s of a whole request and answers for all of them: they
-//! pass together or not at all, and what does not pass is charged to none of those that enforce.
+//! [`gcra`] is the algorithm, in one place, with time as an argument. A [`Limiter`] is where keys' state lives: in the
+//! [`memory`] of this node, or in a store that a [`fleet`] of nodes shares. It is asked with the [`Check`]s of a whole
+//! request and answers for all of them: they pass together or not at all, and what does not pass is charged to none of
+//! those that enforce. [`in_flight`] counts what is under way.
 
+pub mod fleet;
 pub mod gcra;
+pub mod in_flight;
+pub mod locks;
 pub mod memory;
 
+use fleet::Fleet;
 use gcra::Gcra;
+use in_flight::InFlight;
+use memory::Memory;
 use smallvec::SmallVec;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// A keyed 128-bit hash of a limit and of the attributes in its key.
+/// A keyed 128-bit hash of a limit, its rate, and the attributes in its key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key(pub u128);
+
+/// What holds for a limit while the fleet's store does not answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnFailure {
+    /// This node limits by itself, from its own memory.
+    #[default]
+    Local,
+    /// It lets everyone pass.
+    Open,
+    /// It lets nobody pass.
+    Closed,
+}
 
 /// What is asked of one limit.
 #[derive(Debug, Clone, Copy)]
@@ -26,8 +45,10 @@ pub struct Check {
     pub cost: u32,
     /// Whether a refusal refuses the request; a shadow's does not.
     pub enforce: bool,
+    /// What holds without the store.
+    pub on_failure: OnFailure,
     /// Which overflow bucket stands in when the store has no room for the key: one a limit.
-    pub overflow: usize,
+    pub overflow: Key,
     /// The second limit, asked where the first refuses and a token was brought.
     pub top_up: Option<TopUp>,
 }
@@ -40,7 +61,18 @@ pub struct TopUp {
     /// The rate and the burst.
     pub gcra: Gcra,
     /// Which overflow bucket stands in.
-    pub overflow: usize,
+    pub overflow: Key,
+}
+
+/// What is asked for a request.
+#[derive(Debug, Clone, Copy)]
+pub struct Ask<'a> {
+    /// Of each limit.
+    pub checks: &'a [Check],
+    /// Take the cells, if all pass.
+    pub charge: bool,
+    /// Stands for the request's provider, where a store is partitioned by it.
+    pub partition: u64,
 }
 
 /// What one limit says.
@@ -52,15 +84,149 @@ pub enum Outcome {
     ToppedUp,
     /// It does not. None: it never will, the cost is above the burst.
     Refused(Option<Duration>),
+    /// Its store does not answer, and it lets nobody pass without.
+    Unavailable,
+}
+
+/// Who decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Decided {
+    /// The store that the limits are kept in.
+    #[default]
+    ByStore,
+    /// This node, by what each limit says of a store that does not answer.
+    WithoutStore,
 }
 
 /// What each limit of a request says, in the order they were asked.
 pub type Outcomes = SmallVec<[Outcome; 12]>;
 
-/// Where the state of limits lives.
-pub trait Store: Send + Sync {
-    /// Asks all checks together at `now` (nanoseconds of the store's clock). Charges them, if `charge` is set and every
-    /// enforced one lets the request pass: those that do, and of the shadows those that would. Returns whether all
-    /// enforced ones do.
-    fn decide(&self, now: u64, checks: &[Check], charge: bool, outcomes: &mut Outcomes) -> bool;
+/// Where the state of limits lives. It outlives the policy: a reload finds again what it does not change.
+#[derive(Debug)]
+pub struct Limiter {
+    memory: Memory,
+    in_flight: InFlight,
+    fleet: Option<Fleet>,
+    started: Instant,
+}
+
+// === impl Outcome ===
+
+impl Outcome {
+    /// Whether the request may pass, as far as this limit goes.
+    #[inline]
+    pub fn passes(&self) -> bool {
+        matches!(self, Self::Allowed | Self::ToppedUp)
+    }
+}
+
+/// Whether all enforced limits let a request pass.
+fn all_pass(checks: &[Check], outcomes: &Outcomes) -> bool {
+    checks.iter().zip(outcomes).all(|(check, outcome)| !check.enforce || outcome.passes())
+}
+
+// === impl Limiter ===
+
+impl Limiter {
+    /// Limits in this node's memory; in a fleet's store if there is one, with the memory to fall back to.
+    pub fn new(memory: Memory, fleet: Option<Fleet>) -> Self {
+        Self { memory, in_flight: InFlight::default(), fleet, started: Instant::now() }
+    }
+
+    /// Nanoseconds of this node's clock; never 0, which has always passed.
+    #[inline]
+    fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+
+    /// Asks all checks of a request together. Charges them, if that is asked for and every enforced one lets the request
+    /// pass: those that do, and of the shadows those that would. Returns whether all enforced ones do.
+    pub async fn decide(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> (bool, Decided) {
+        match &self.fleet {
+            None => (self.memory.decide(self.now(), ask.checks, ask.charge, outcomes), Decided::ByStore),
+            Some(fleet) => match fleet.decide(ask, outcomes).await {
+                Ok(pass) => (pass, Decided::ByStore),
+                Err(fleet::Gone) => (self.decide_without_store(ask, outcomes), Decided::WithoutStore),
+            },
+        }
+    }
+
+    /// Asks this node's own memory, wherever limits are kept.
+    pub fn decide_here(&self, checks: &[Check], charge: bool, outcomes: &mut Outcomes) -> bool {
+        self.memory.decide(self.now(), checks, charge, outcomes)
+    }
+
+    #[cold]
+    fn decide_without_store(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> bool {
+        let local: SmallVec<[Check; 12]> =
+            ask.checks.iter().filter(|check| check.on_failure == OnFailure::Local).copied().collect();
+        let closed = ask.checks.iter().any(|check| check.enforce && check.on_failure == OnFailure::Closed);
+        let mut said = Outcomes::new();
+        self.memory.decide(self.now(), &local, ask.charge && !closed, &mut said);
+        let mut said = said.into_iter();
+        outcomes.clear();
+        outcomes.extend(ask.checks.iter().map(|check| match check.on_failure {
+            OnFailure::Local => said.next().unwrap_or(Outcome::Unavailable),
+            OnFailure::Open => Outcome::Allowed,
+            OnFailure::Closed => Outcome::Unavailable,
+        }));
+        all_pass(ask.checks, outcomes)
+    }
+
+    /// Charges what has been used already, whether or not there is so much. A fleet's store hears of it later.
+    pub fn charge(&self, ask: &Ask<'_>) {
+        match &self.fleet {
+            Some(fleet) if fleet.is_up() => fleet.charge(ask),
+            _ => self.memory.charge(self.now(), ask.checks),
+        }
+    }
+
+    /// Requests under way, by key.
+    pub fn in_flight(&self) -> &InFlight {
+        &self.in_flight
+    }
+
+    /// Whether the state of each provider's requests is apart from others'.
+    pub fn is_partitioned_by_provider(&self) -> bool {
+        self.fleet.as_ref().is_some_and(Fleet::is_partitioned_by_provider)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_its_store_each_limit_does_as_it_says() {
+        let overflowed = prometheus::IntCounter::new("o", "o").unwrap();
+        let limiter = Limiter::new(Memory::new(1 << 20, overflowed), None);
+        let gcra = Gcra::new(1, Duration::from_secs(3600), 2).unwrap();
+        let check = |n, on_failure| Check {
+            key: Key(n),
+            gcra,
+            cost: 1,
+            enforce: true,
+            on_failure,
+            overflow: Key(0),
+            top_up: None,
+        };
+        let decide = |checks: &[Check]| {
+            let mut outcomes = Outcomes::new();
+            let pass = limiter.decide_without_store(&Ask { checks, charge: true, partition: 0 }, &mut outcomes);
+            (pass, outcomes.to_vec())
+        };
+        let (local, open) = (check(1, OnFailure::Local), check(2, OnFailure::Open));
+        let closed = check(3, OnFailure::Closed);
+        for _ in 0..5 {
+            let (pass, outcomes) = decide(&[local, open, closed]);
+            assert!(!pass);
+            assert_eq!(outcomes, [Outcome::Allowed, Outcome::Allowed, Outcome::Unavailable]);
+        }
+        let shadow = Check { enforce: false, ..closed };
+        assert!(decide(&[open, local, shadow]).0, "the five took nothing");
+        assert!(decide(&[open, local]).0);
+        let (pass, outcomes) = decide(&[open, local]);
+        assert!(!pass && outcomes[0] == Outcome::Allowed && matches!(outcomes[1], Outcome::Refused(Some(_))));
+        assert!((0..9).all(|_| decide(&[open]).0));
+    }
 }

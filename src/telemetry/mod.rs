@@ -7,8 +7,9 @@ mod access_log;
 
 pub use access_log::{AccessLog, Line};
 
-use crate::admission::LimitCounters;
+use crate::admission::{LimitCounters, Policy, Scope};
 use crate::dialect::{self, Endpoint};
+use crate::limiter::{OnFailure, fleet};
 use crate::problem;
 use prometheus::{
     Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
@@ -55,6 +56,11 @@ pub struct Metrics {
     ds_seconds: Vec<(&'static str, Histogram)>,
     /// Decisions about keys that the limits' table had no room for.
     pub limits_overflowed: IntCounter,
+    /// Configurations read while running, by what came of it.
+    pub reloads: IntCounterVec,
+    /// How many configurations there have been.
+    pub generation: IntGauge,
+    without_store: IntCounterVec,
     /// TLS handshakes, by how they ended.
     pub handshakes: IntCounterVec,
     /// Connections open.
@@ -141,6 +147,17 @@ impl Metrics {
                 "limit_overflow_decisions_total",
                 "Decisions for keys that the table of limits had no room for, made in a bucket they share.",
             )?,
+            reloads: counters(
+                "config_reloads_total",
+                "Reloads of the configuration by result: ok, failed.",
+                &["result"],
+            )?,
+            generation: gauge("config_generation", "How many configurations have been in use; the first is 1.")?,
+            without_store: counters(
+                "limit_decisions_without_store_total",
+                "Decisions made without the store that limits are kept in, by what the limit does then.",
+                &["limit", "on_store_failure"],
+            )?,
             handshakes: counters(
                 "tls_handshakes_total",
                 "TLS handshakes by result: ok, failed, timeout.",
@@ -162,10 +179,61 @@ impl Metrics {
     }
 
     /// The counters of a limit.
-    pub fn limit(&self, name: &str, enforce: bool) -> LimitCounters {
-        let mode = if enforce { "enforce" } else { "shadow" };
-        let of = |outcome| self.limits.with_label_values(&[name, mode, outcome]);
-        LimitCounters { allowed: of("allowed"), refused: of("refused"), topped_up: of("topped-up") }
+    pub fn limit(&self, scope: &Scope, on_store_failure: OnFailure) -> LimitCounters {
+        let mode = if scope.enforce { "enforce" } else { "shadow" };
+        let of = |outcome| self.limits.with_label_values(&[scope.name.as_str(), mode, outcome]);
+        let behaviour = match on_store_failure {
+            OnFailure::Local => "local",
+            OnFailure::Open => "open",
+            OnFailure::Closed => "closed",
+        };
+        LimitCounters {
+            allowed: of("allowed"),
+            refused: of("refused"),
+            topped_up: of("topped-up"),
+            without_store: self.without_store.with_label_values(&[scope.name.as_str(), behaviour]),
+        }
+    }
+
+    /// The counters of all limits of a policy, in its order.
+    pub fn limits(&self, policy: &Policy) -> Vec<LimitCounters> {
+        let rates = policy.limits.iter().map(|limit| self.limit(&limit.scope, limit.on_store_failure));
+        // A node counts what is under way by itself.
+        let concurrency = policy.concurrency.iter().map(|limit| self.limit(&limit.scope, OnFailure::Local));
+        rates.chain(concurrency).collect()
+    }
+
+    /// Metrics of the store that a fleet keeps its limits in.
+    ///
+    /// # Errors
+    /// They are registered twice.
+    pub fn store(&self) -> Result<fleet::Metrics, prometheus::Error> {
+        let calls = IntCounterVec::new(
+            Opts::new(
+                "limit_store_calls_total",
+                "Calls to the limits' store by result: ok, error, timeout, skipped (it is known not to answer).",
+            ),
+            &["result"],
+        )?;
+        self.registry.register(Box::new(calls.clone()))?;
+        let up = IntGauge::new("limit_store_up", "1 while requests ask the limits' store, 0 while it is left out.")?;
+        self.registry.register(Box::new(up.clone()))?;
+        let opened = IntCounter::new("limit_store_failures_total", "How often the limits' store was given up.")?;
+        self.registry.register(Box::new(opened.clone()))?;
+        let seconds = Histogram::with_opts(
+            HistogramOpts::new("limit_store_seconds", "How long calls to the limits' store take.")
+                .buckets(BUCKETS.to_vec()),
+        )?;
+        self.registry.register(Box::new(seconds.clone()))?;
+        Ok(fleet::Metrics {
+            up,
+            opened,
+            ok: calls.with_label_values(&["ok"]),
+            errors: calls.with_label_values(&["error"]),
+            timeouts: calls.with_label_values(&["timeout"]),
+            skipped: calls.with_label_values(&["skipped"]),
+            seconds,
+        })
     }
 
     /// Counts a request that has ended.

@@ -67,6 +67,16 @@ pub struct CertificateStore {
     by_name: HashMap<String, Arc<CertifiedKey>>,
 }
 
+/// What a client of ours speaks TLS with, to servers whose certificates chain to the roots in `pem`.
+///
+/// # Errors
+/// There are no roots in it, or they cannot be read.
+pub fn client_config(pem: &[u8]) -> Result<rustls::ClientConfig, Error> {
+    let builder = rustls::ClientConfig::builder_with_provider(Arc::new(provider()))
+        .with_protocol_versions(&[&rustls::version::TLS13])?;
+    Ok(builder.with_root_certificates(roots(pem)?).with_no_client_auth())
+}
+
 /// TLS 1.3 cipher suites only; X25519MLKEM768 is the first of the key exchanges (feature `prefer-post-quantum`).
 pub fn provider() -> CryptoProvider {
     let provider = aws_lc_rs::default_provider();

@@ -1,0 +1,87 @@
+//! The breaker between requests and a store that does not answer: while it is open no request waits for the store.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use tokio::sync::Notify;
+
+/// Failures in a row that open it.
+const FAILURES: u32 = 3;
+
+/// Closed: requests go to the store. Open: they do not, until whoever keeps the connection has heard an answer.
+#[derive(Debug)]
+pub(super) struct Breaker {
+    open: AtomicBool,
+    failures: AtomicU32,
+    opened: Notify,
+    /// 1 while requests go to the store.
+    up: prometheus::IntGauge,
+    times_opened: prometheus::IntCounter,
+}
+
+impl Breaker {
+    /// Open, until somebody has heard an answer.
+    pub(super) fn new(up: prometheus::IntGauge, times_opened: prometheus::IntCounter) -> Self {
+        Self { open: AtomicBool::new(true), failures: AtomicU32::new(0), opened: Notify::new(), up, times_opened }
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// The store has answered.
+    pub(super) fn succeeded(&self) {
+        if self.failures.load(Ordering::Relaxed) > 0 {
+            self.failures.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// It has not answered, or with an error.
+    pub(super) fn failed(&self) {
+        if self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES {
+            self.open();
+        }
+    }
+
+    /// The connection is gone, or as good as gone.
+    pub(super) fn open(&self) {
+        if !self.open.swap(true, Ordering::Relaxed) {
+            self.up.set(0);
+            self.times_opened.inc();
+        }
+        self.opened.notify_one();
+    }
+
+    /// The store answers again.
+    pub(super) fn close(&self) {
+        self.failures.store(0, Ordering::Relaxed);
+        self.open.store(false, Ordering::Relaxed);
+        self.up.set(1);
+    }
+
+    /// Waits until it opens.
+    pub(super) async fn opened(&self) {
+        while !self.is_open() {
+            self.opened.notified().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_in_a_row_open_it() {
+        let up = prometheus::IntGauge::new("up", "up").unwrap();
+        let breaker = Breaker::new(up.clone(), prometheus::IntCounter::new("n", "n").unwrap());
+        assert!(breaker.is_open(), "nothing has been heard yet");
+        breaker.close();
+        for _ in 0..10 {
+            breaker.failed();
+            breaker.failed();
+            breaker.succeeded();
+        }
+        assert!(!breaker.is_open() && up.get() == 1);
+        (0..FAILURES).for_each(|_| breaker.failed());
+        assert!(breaker.is_open() && up.get() == 0);
+    }
+}

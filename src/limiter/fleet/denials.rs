@@ -1,0 +1,113 @@
+//! What the store has refused, and until when: so long, this node refuses it by itself.
+//!
+//! A state's time only grows, so a key that has no cell now has none before the time that was said. A flood that is refused
+//! does not reach the store.
+
+use super::{Check, Key, Outcome, Outcomes, is_final, shard_of};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::time::Duration;
+
+const SHARDS: usize = 64;
+
+/// By key, until when (nanoseconds of this node's clock) it has not a single cell.
+pub(super) struct Denials {
+    shards: Box<[Mutex<HashMap<Key, u64>>]>,
+    /// Keys of a shard at most. Which are not remembered the store is asked about again.
+    room: usize,
+}
+
+impl Denials {
+    /// For so many keys at most.
+    pub(super) fn new(keys: usize) -> Self {
+        Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect(), room: (keys / SHARDS).max(1) }
+    }
+
+    /// Refuses a request that the store would refuse.
+    pub(super) fn refuse(&self, now: u64, checks: &[Check], outcomes: &mut Outcomes) -> bool {
+        outcomes.clear();
+        let mut refused = false;
+        for check in checks {
+            let until = self.shards.get(shard_of(check.key, SHARDS)).and_then(|s| s.lock().get(&check.key).copied());
+            outcomes.push(match until {
+                Some(until) if until > now && is_final(check) && check.cost <= check.gcra.burst() => {
+                    refused = true;
+                    let more = check.gcra.increment(check.cost.saturating_sub(1));
+                    Outcome::Refused(Some(Duration::from_nanos((until - now).saturating_add(more))))
+                }
+                _ => Outcome::Allowed,
+            });
+        }
+        refused
+    }
+
+    /// Notes what the store has refused, when it was asked at `sent`.
+    pub(super) fn learn(&self, sent: u64, checks: &[Check], outcomes: &Outcomes) {
+        for (check, outcome) in checks.iter().zip(outcomes) {
+            let Outcome::Refused(Some(wait)) = outcome else { continue };
+            // Of a request that costs more it says nothing about one that costs less.
+            if check.cost != 1 || !is_final(check) {
+                continue;
+            }
+            let Some(mut shard) = self.shards.get(shard_of(check.key, SHARDS)).map(Mutex::lock) else { continue };
+            if shard.len() >= self.room {
+                shard.retain(|_, until| *until > sent);
+            }
+            if shard.len() < self.room {
+                let wait = u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX);
+                shard.insert(check.key, sent.saturating_add(wait));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limiter::gcra::Gcra;
+
+    fn check(key: u128, cost: u32) -> Check {
+        let gcra = Gcra::new(1, Duration::from_secs(1), 5).unwrap();
+        Check {
+            key: Key(key),
+            gcra,
+            cost,
+            enforce: true,
+            on_failure: Default::default(),
+            overflow: Key(0),
+            top_up: None,
+        }
+    }
+
+    #[test]
+    fn refuses_until_the_time_that_was_said_and_no_longer() {
+        let denials = Denials::new(1000);
+        let mut outcomes = Outcomes::new();
+        let second = Duration::from_secs(1);
+        let checks = [check(1, 1), check(2, 1)];
+        assert!(!denials.refuse(1, &checks, &mut outcomes));
+        outcomes[1] = Outcome::Refused(Some(second));
+        denials.learn(100, &checks, &outcomes);
+        assert!(denials.refuse(200, &checks, &mut outcomes));
+        assert_eq!(outcomes[..], [Outcome::Allowed, Outcome::Refused(Some(second - Duration::from_nanos(100)))]);
+        assert!(denials.refuse(1_000_000_099, &checks, &mut outcomes));
+        assert!(!denials.refuse(1_000_000_100, &checks, &mut outcomes));
+        assert!(!denials.refuse(200, &[Check { enforce: false, ..check(2, 1) }], &mut outcomes), "a shadow");
+        assert!(!denials.refuse(200, &[check(2, 6)], &mut outcomes), "that is refused for good, and by the store");
+        assert!(denials.refuse(200, &[check(2, 3)], &mut outcomes));
+        assert_eq!(outcomes[0], Outcome::Refused(Some(3 * second - Duration::from_nanos(100))));
+    }
+
+    #[test]
+    fn of_what_costs_more_it_learns_nothing_and_it_has_a_bound() {
+        let denials = Denials::new(64);
+        let mut outcomes = Outcomes::new();
+        outcomes.push(Outcome::Refused(Some(Duration::from_secs(1))));
+        denials.learn(1, &[check(1, 2)], &outcomes);
+        assert!(!denials.refuse(2, &[check(1, 1)], &mut outcomes.clone()));
+        for n in 0..10_000u128 {
+            denials.learn(1, &[check(n << 13 | n, 1)], &outcomes);
+        }
+        assert!(denials.shards.iter().all(|shard| shard.lock().len() <= 1));
+    }
+}

@@ -1,0 +1,279 @@
+//! Limits that a fleet of gateways shares: their state in Redis or Valkey.
+//!
+//! Two modes. *Strict*: one script decides all limits of a request, in one round trip and on the server's clock; the fleet
+//! admits exactly what one node would. *Leased* ([`leases`]): a node takes a batch of a limit's cells at once and decides by
+//! itself until they are used up. Both read and write the same states, so that nodes of either mode may share a store.
+//!
+//! A key's state expires by itself, once it says no more than none. All keys of a request are in one slot of a Redis
+//! Cluster, by their hash tag: that of the fleet, or that of the request's provider.
+//!
+//! [`store`] keeps the connections, on a thread of its own. Nobody waits for a store that does not answer: its `breaker`
+//! opens, and [`Gone`] is the answer.
+
+mod breaker;
+mod denials;
+mod leases;
+mod store;
+
+pub use store::Gone;
+
+use super::gcra::Gcra;
+use super::{Ask, Check, Key, Outcome, Outcomes, all_pass};
+use denials::Denials;
+use leases::Leases;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use store::{Call, Remote, Script};
+
+/// How a fleet decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Every request asks the store.
+    Strict,
+    /// A node takes cells in batches.
+    Leased {
+        /// A batch is a limit's burst divided by this.
+        share: u32,
+        /// What a node has not used for so long it gives back.
+        idle: Duration,
+    },
+}
+
+/// TLS towards the store.
+#[derive(Debug, Clone)]
+pub struct Tls {
+    /// For a single server.
+    pub config: Arc<rustls::ClientConfig>,
+    /// The roots, in PEM: for a cluster.
+    pub ca_pem: Vec<u8>,
+}
+
+/// The store, and how it is used.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Hosts and ports: the nodes of a cluster to ask first, or servers of which the first that answers is used.
+    pub nodes: Vec<(String, u16)>,
+    /// A Redis Cluster.
+    pub cluster: bool,
+    /// TLS, if it is spoken.
+    pub tls: Option<Tls>,
+    /// User, for an ACL.
+    pub username: Option<String>,
+    /// Password.
+    pub password: Option<String>,
+    /// What keys begin with.
+    pub prefix: String,
+    /// Keys of a provider are in a slot of their own.
+    pub partition_by_provider: bool,
+    /// As long as a request waits for the store at most.
+    pub timeout: Duration,
+    /// Connections to a single server.
+    pub connections: usize,
+    /// How it decides.
+    pub mode: Mode,
+    /// Keys of which a node remembers something at most: what it has leased, what it knows to be refused.
+    pub keys: usize,
+}
+
+/// What is counted of the store.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    /// 1 while requests go to the store.
+    pub up: prometheus::IntGauge,
+    /// How often it was given up.
+    pub opened: prometheus::IntCounter,
+    /// Calls that were answered.
+    pub ok: prometheus::IntCounter,
+    /// Calls answered with an error, or by the end of the connection.
+    pub errors: prometheus::IntCounter,
+    /// Calls not answered in time.
+    pub timeouts: prometheus::IntCounter,
+    /// Calls not made, because it is known not to answer.
+    pub skipped: prometheus::IntCounter,
+    /// How long calls take.
+    pub seconds: prometheus::Histogram,
+}
+
+/// What the nodes of a fleet share.
+pub struct Fleet {
+    shared: Arc<Shared>,
+    runtime: tokio::runtime::Handle,
+}
+
+struct Shared {
+    remote: Arc<Remote>,
+    decide: Arc<Script>,
+    lease: Arc<Script>,
+    denials: Denials,
+    leases: Option<Leases>,
+    started: Instant,
+}
+
+impl std::fmt::Debug for Fleet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fleet").field("settings", self.shared.remote.settings()).finish_non_exhaustive()
+    }
+}
+
+/// Microseconds, with three digits of a fraction.
+struct Micros(u64);
+
+impl std::fmt::Display for Micros {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{:03}", self.0 / 1000, self.0 % 1000)
+    }
+}
+
+fn window(gcra: &Gcra) -> Micros {
+    Micros(u64::try_from(gcra.window().as_nanos()).unwrap_or(u64::MAX))
+}
+
+// === impl Fleet ===
+
+impl Fleet {
+    /// Begins to connect, on a thread of its own. Until that has come to something the store does not answer.
+    ///
+    /// # Errors
+    /// There is no thread or runtime to be had.
+    pub fn start(settings: Settings, metrics: Metrics) -> std::io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
+        let (leases, wants) = match settings.mode {
+            Mode::Strict => (None, None),
+            Mode::Leased { share, idle } => {
+                let (leases, wants) = Leases::new(share, idle, settings.keys);
+                (Some(leases), Some(wants))
+            }
+        };
+        let shared = Arc::new(Shared {
+            denials: Denials::new(settings.keys),
+            remote: Arc::new(Remote::new(settings, metrics)),
+            decide: Arc::new(Script::new(include_str!("decide.lua"))),
+            lease: Arc::new(Script::new(include_str!("lease.lua"))),
+            leases,
+            started: Instant::now(),
+        });
+        let own = shared.clone();
+        std::thread::Builder::new().name("limits-store".into()).spawn(move || {
+            runtime.block_on(async {
+                if let Some(wants) = wants {
+                    tokio::spawn(leases::negotiate(own.clone(), wants));
+                    tokio::spawn(leases::give_back(own.clone()));
+                }
+                let probe = own.clone();
+                own.remote.clone().keep(move || probe.probe()).await;
+            });
+        })?;
+        Ok(Self { shared, runtime: handle })
+    }
+
+    pub(super) fn is_partitioned_by_provider(&self) -> bool {
+        self.shared.remote.settings().partition_by_provider
+    }
+
+    /// Whether the store answers, as far as is known.
+    pub fn is_up(&self) -> bool {
+        !self.shared.remote.breaker.is_open()
+    }
+
+    pub(super) async fn decide(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Result<bool, Gone> {
+        match &self.shared.leases {
+            None => self.shared.decide_strictly(ask, outcomes).await,
+            Some(leases) => leases.decide(&self.shared, ask, outcomes).await,
+        }
+    }
+
+    /// Charges what has been used already; nobody waits for it.
+    pub(super) fn charge(&self, ask: &Ask<'_>) {
+        let call = self.shared.call(ask, 2);
+        let shared = self.shared.clone();
+        self.runtime.spawn(async move { shared.remote.call(&shared.decide, &call).await });
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    /// Nanoseconds of this node's clock; never 0.
+    fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+
+    /// The name of a state in the store. Keys of one request have one hash tag, which is what a cluster chooses the slot by.
+    fn name(&self, key: Key, partition: u64) -> Vec<u8> {
+        let settings = self.remote.settings();
+        let mut name = Vec::with_capacity(settings.prefix.len() + 36);
+        name.extend(settings.prefix.as_bytes());
+        match settings.partition_by_provider {
+            true => name.extend(format!(":{{{partition:016x}}}:").bytes()),
+            false => name.extend(b":{}:".iter().flat_map(|octet| match octet {
+                b'{' => &b"{limits"[..],
+                other => std::slice::from_ref(other),
+            })),
+        }
+        name.extend(key.0.to_be_bytes());
+        name
+    }
+
+    /// All checks of a request, for the script that decides.
+    fn call(&self, ask: &Ask<'_>, mode: u8) -> Call {
+        let mut call = Call::new();
+        call.arg(mode);
+        for check in ask.checks {
+            call.keys.push(self.name(check.key, ask.partition));
+            call.arg(Micros(check.gcra.increment(check.cost)));
+            call.arg(window(&check.gcra));
+            call.arg(u8::from(check.enforce));
+            call.arg(u8::from(check.top_up.is_some()));
+            if let Some(second) = &check.top_up {
+                call.keys.push(self.name(second.key, ask.partition));
+                call.arg(Micros(second.gcra.increment(check.cost)));
+                call.arg(window(&second.gcra));
+            }
+        }
+        call
+    }
+
+    /// What a request would ask, of a state of nobody's: whether the store does what it is there for.
+    fn probe(&self) -> (Arc<Script>, Call) {
+        let mut call = Call::new();
+        call.keys.push(self.name(Key(0), 0));
+        call.arg(1);
+        call.arg(1);
+        call.arg(1000);
+        call.arg(0);
+        call.arg(0);
+        (self.decide.clone(), call)
+    }
+
+    async fn decide_strictly(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Result<bool, Gone> {
+        if self.denials.refuse(self.now(), ask.checks, outcomes) {
+            return Ok(false);
+        }
+        let call = self.call(ask, u8::from(ask.charge));
+        let sent = self.now();
+        let answers = self.remote.call(&self.decide, &call).await?;
+        if answers.len() != ask.checks.len() {
+            return Err(Gone);
+        }
+        outcomes.clear();
+        outcomes.extend(ask.checks.iter().zip(&answers).map(|(check, answer)| match *answer {
+            0 => Outcome::Allowed,
+            -1 => Outcome::ToppedUp,
+            _ if check.cost > check.gcra.burst() => Outcome::Refused(None),
+            wait => Outcome::Refused(Some(Duration::from_micros(u64::try_from(wait).unwrap_or(1)))),
+        }));
+        self.denials.learn(sent, ask.checks, outcomes);
+        Ok(all_pass(ask.checks, outcomes))
+    }
+}
+
+/// Which of some locks a key's state is behind.
+fn shard_of(key: Key, shards: usize) -> usize {
+    ((u64::from(key.0 as u32) * shards as u64) >> 32) as usize
+}
+
+/// A check whose refusal nothing makes up for.
+fn is_final(check: &Check) -> bool {
+    check.enforce && check.top_up.is_none()
+}
