@@ -74,10 +74,14 @@ pub const BAD_TOKENS: u32 = 60;
 /// What each limit that was asked said, for [`Admission::account`].
 #[derive(Debug, Clone, Default)]
 pub struct Tally {
-    /// By its place in the policy.
-    said: SmallVec<[(usize, Outcome); 12]>,
+    /// Places in the policy.
+    of: Places,
+    said: Outcomes,
     by: Decided,
 }
+
+/// Which limits cover a request.
+type Places = SmallVec<[u16; 12]>;
 
 /// Requests under way that a request counts among: it is one of them until this is dropped.
 pub type Tickets = SmallVec<[Ticket; 2]>;
@@ -135,7 +139,8 @@ struct Bound {
 #[derive(Default)]
 struct Asked {
     checks: SmallVec<[Check; 12]>,
-    of: SmallVec<[(usize, TokenUse); 12]>,
+    seconds: SmallVec<[TopUp; 1]>,
+    of: Places,
     partition: u64,
 }
 
@@ -221,19 +226,23 @@ impl Admission {
     /// second limit is asked. `charge`: take the cells, if all pass. The tally is for [`Admission::account`], once for a
     /// request, however often it was asked about.
     pub async fn decide(&self, subject: &Subject<'_>, token: bool, charge: bool) -> (Decision, Tally) {
-        let asked = self.ask(subject, token);
+        let mut asked = Asked::default();
+        self.ask(subject, token, &mut asked);
         if asked.checks.is_empty() {
             return (Decision::Pass { topped_up: false }, Tally::default());
         }
         let mut outcomes = Outcomes::new();
-        let ask = Ask { checks: &asked.checks, charge, partition: asked.partition };
+        let ask = Ask { checks: &asked.checks, seconds: &asked.seconds, charge, partition: asked.partition };
         let (pass, by) = self.limiter.decide(&ask, &mut outcomes).await;
-        self.conclude(&asked, &outcomes, pass, by)
+        let decision = match pass {
+            true => Decision::Pass { topped_up: outcomes.contains(&Outcome::ToppedUp) },
+            false => self.refusal(subject, &asked, &outcomes),
+        };
+        (decision, Tally { of: asked.of, said: outcomes, by })
     }
 
     #[inline]
-    fn ask(&self, subject: &Subject<'_>, token: bool) -> Asked {
-        let mut asked = Asked::default();
+    fn ask(&self, subject: &Subject<'_>, token: bool, asked: &mut Asked) {
         let parts = self.hasher.parts(subject);
         asked.partition = Hasher::provider_of(&parts);
         for (i, (limit, bound)) in self.policy.limits.iter().zip(&self.bound).enumerate() {
@@ -246,7 +255,8 @@ impl Admission {
                     // An endpoint's second limit is the endpoint's alone: others have other rates.
                     let endpoint = if limit.token == TokenUse::Off { 1 + endpoint_place(subject.operation) } else { 0 };
                     let (second, salt) = (bound.second.at(endpoint), self.hasher.salt(&gcra));
-                    Some(TopUp { key: second.key(&parts, salt), gcra, overflow: second.overflow(salt) })
+                    asked.seconds.push(TopUp { key: second.key(&parts, salt), gcra, overflow: second.overflow(salt) });
+                    u16::try_from(asked.seconds.len() - 1).ok()
                 }
                 _ => None,
             };
@@ -261,24 +271,21 @@ impl Admission {
                 overflow: bound.mix.overflow(salt),
                 top_up,
             });
-            asked.of.push((i, token_use));
+            asked.of.push(u16::try_from(i).unwrap_or(u16::MAX));
         }
-        asked
     }
 
-    fn conclude(&self, asked: &Asked, outcomes: &Outcomes, pass: bool, by: Decided) -> (Decision, Tally) {
-        let said = asked.of.iter().map(|(i, _)| *i).zip(outcomes.iter().copied()).collect();
-        let tally = Tally { said, by };
-        if pass {
-            return (Decision::Pass { topped_up: outcomes.contains(&Outcome::ToppedUp) }, tally);
-        }
+    #[cold]
+    fn refusal(&self, subject: &Subject<'_>, asked: &Asked, outcomes: &Outcomes) -> Decision {
         let mut token_helps = true;
         let (mut violated, mut unavailable) = (Vec::new(), Vec::new());
-        for (((i, token_use), check), outcome) in asked.of.iter().zip(&asked.checks).zip(outcomes) {
-            let Some(limit) = self.policy.limits.get(*i).filter(|limit| limit.scope.enforce) else { continue };
+        for ((i, check), outcome) in asked.of.iter().zip(&asked.checks).zip(outcomes) {
+            let limit = self.policy.limits.get(usize::from(*i)).filter(|limit| limit.scope.enforce);
+            let Some(limit) = limit else { continue };
             match outcome {
                 Outcome::Unavailable => unavailable.push(limit.scope.name.clone()),
                 Outcome::Refused(wait) => {
+                    let token_use = self.policy.token_use(limit, subject.operation);
                     token_helps &= matches!(token_use, TokenUse::TopUp(_));
                     violated.push(Violated {
                         policy: limit.scope.name.clone(),
@@ -293,11 +300,10 @@ impl Admission {
                 Outcome::Allowed | Outcome::ToppedUp => {}
             }
         }
-        let decision = match violated.is_empty() {
+        match violated.is_empty() {
             true => Decision::Unavailable { policies: unavailable },
             false => Decision::Refuse { violated, token_helps },
-        };
-        (decision, tally)
+        }
     }
 
     /// The limits of octets that cover a request whose body's length is not known before it is in.
@@ -305,9 +311,10 @@ impl Admission {
         if self.policy.limits.iter().all(|limit| limit.unit != Unit::Octets) {
             return Owing::default();
         }
-        let asked = self.ask(subject, false);
-        let octets = |i: usize| self.policy.limits.get(i).is_some_and(|limit| limit.unit == Unit::Octets);
-        let checks = asked.checks.iter().zip(&asked.of).filter(|(_, (i, _))| octets(*i)).map(|(check, _)| *check);
+        let mut asked = Asked::default();
+        self.ask(subject, false, &mut asked);
+        let octets = |i: u16| self.policy.limits.get(usize::from(i)).is_some_and(|limit| limit.unit == Unit::Octets);
+        let checks = asked.checks.iter().zip(&asked.of).filter(|(_, i)| octets(**i)).map(|(check, _)| *check);
         Owing { checks: checks.collect(), partition: asked.partition }
     }
 
@@ -316,7 +323,7 @@ impl Admission {
         let cost = u32::try_from(octets).unwrap_or(u32::MAX);
         owing.checks.iter_mut().for_each(|check| check.cost = cost);
         if octets > 0 && !owing.is_empty() {
-            self.limiter.charge(&Ask { checks: &owing.checks, charge: true, partition: owing.partition });
+            self.limiter.charge(&Ask { partition: owing.partition, ..Ask::of(&owing.checks) });
         }
     }
 
@@ -344,7 +351,7 @@ impl Admission {
             top_up: None,
         };
         let mut outcomes = Outcomes::new();
-        if self.limiter.decide_here(&[check], charge, &mut outcomes) {
+        if self.limiter.decide_here(&Ask { charge, ..Ask::of(&[check]) }, &mut outcomes) {
             return Ok(());
         }
         let retry_after = outcomes.first().and_then(|outcome| match outcome {
@@ -364,11 +371,11 @@ impl Admission {
 
     /// Counts what the limits said of a request: refusals always, the rest only of requests that none refused.
     pub fn account(&self, tally: &Tally) {
-        let enforces = |i: usize| self.policy.limits.get(i).is_some_and(|limit| limit.scope.enforce);
-        let no = |outcome: &Outcome| matches!(outcome, Outcome::Refused(_) | Outcome::Unavailable);
-        let refused = tally.said.iter().any(|(i, outcome)| no(outcome) && enforces(*i));
-        for (i, outcome) in &tally.said {
-            let Some(counters) = self.counters.get(*i) else { continue };
+        let enforces = |i: &u16| self.policy.limits.get(usize::from(*i)).is_some_and(|limit| limit.scope.enforce);
+        let said = || tally.of.iter().zip(&tally.said);
+        let refused = said().any(|(i, outcome)| !outcome.passes() && enforces(i));
+        for (i, outcome) in said() {
+            let Some(counters) = self.counters.get(usize::from(*i)) else { continue };
             if tally.by == Decided::WithoutStore {
                 counters.without_store.inc();
             }

@@ -20,6 +20,9 @@ use toml::Spanned;
 /// What a request may ask for at once before a burst that is smaller is worth a hint.
 const MANY: u32 = 256;
 
+/// More limits than anybody needs, and as many as one script of Redis takes the keys of.
+const MOST_LIMITS: usize = 1024;
+
 /// What else a limit's table is read by.
 struct Around<'a> {
     /// Some listener asks for client certificates.
@@ -142,6 +145,9 @@ impl<'a> Resolver<'a> {
         }
         let exempt = self.networks(&file.limits.exempt, "limits.exempt");
         let max_body = self.endpoints(&file.endpoints, &mut policy);
+        if let Some(last) = file.limit.get(MOST_LIMITS) {
+            self.wrong(&last.name, format!("limit[{MOST_LIMITS}]"), format!("{MOST_LIMITS} limits are the most"));
+        }
         let around = Around { authenticates, exempt, redis: file.limits.redis.as_ref(), max_body: &max_body };
         for (i, limit) in file.limit.iter().enumerate() {
             if file.limit.iter().take(i).any(|other| other.name.get_ref() == limit.name.get_ref()) {

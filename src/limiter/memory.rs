@@ -14,7 +14,7 @@
 
 use super::gcra::{Gcra, TooMany};
 use super::locks::{Locks, ParkingLot};
-use super::{Check, Key, Outcome, Outcomes};
+use super::{Ask, Check, Key, Outcome, Outcomes};
 use smallvec::SmallVec;
 use std::collections::HashMap;
 
@@ -148,7 +148,8 @@ impl Memory {
 impl<L: Locks> Memory<L> {
     /// As [`Memory::new`], with other locks, and `shards` of them at most.
     pub fn with_locks(budget: usize, shards: usize, overflowed: prometheus::IntCounter) -> Self {
-        let shards = shards.min(budget / (16 * size_of::<Bucket>())).max(1);
+        // Of few buckets, some shards would be full long before all are.
+        let shards = shards.min(budget / (256 * size_of::<Bucket>())).max(1);
         let room = (budget / shards).saturating_sub(size_of::<L::Mutex<Shard>>()) / size_of::<Bucket>();
         // A shard has a bucket's room more than buckets, to begin with a cache line.
         let buckets = room.saturating_sub(1).max(1);
@@ -280,21 +281,20 @@ impl<L: Locks> Memory<L> {
         }
     }
 
-    /// Asks all checks together at `now` (nanoseconds of the node's clock, never 0). Charges them, if `charge` is set and
+    /// Asks all checks together at `now` (nanoseconds of the node's clock, never 0). Charges them, if that is asked for and
     /// every enforced one lets the request pass: those that do, and of the shadows those that would. Returns whether all
     /// enforced ones do.
-    pub fn decide(&self, now: u64, checks: &[Check], charge: bool, outcomes: &mut Outcomes) -> bool {
+    pub fn decide(&self, now: u64, ask: &Ask<'_>, outcomes: &mut Outcomes) -> bool {
         outcomes.clear();
-        let second = |check: &Check| check.top_up.map(|second| second.key);
-        let mut guards = self.lock(checks.iter().flat_map(|check| [Some(check.key), second(check)]).flatten());
+        let mut guards = self.lock(ask.keys());
         let mut overflow: Option<L::Guard<'_, HashMap<Key, u64>>> = None;
         // What is charged is written at once and taken back if a later limit refuses: two keys of one request that find
         // the same free place must not both be put there. By key, for a later one may make an earlier one move.
         let mut charged: SmallVec<[(bool, Key, u64); 12]> = SmallVec::new();
         let mut pass = true;
 
-        for check in checks {
-            let mut ask = |key: Key, gcra: &Gcra, bucket: Key| -> Result<(), TooMany> {
+        for check in ask.checks {
+            let mut take = |key: Key, gcra: &Gcra, bucket: Key| -> Result<(), TooMany> {
                 let (slot, mut tat) = self.find(&mut guards, key, now);
                 if let Slot::Overflow = slot {
                     self.overflowed.inc();
@@ -310,10 +310,10 @@ impl<L: Locks> Memory<L> {
                 }
                 Ok(())
             };
-            let outcome = match ask(check.key, &check.gcra, check.overflow) {
+            let outcome = match take(check.key, &check.gcra, check.overflow) {
                 Ok(()) => Outcome::Allowed,
                 Err(refusal) => {
-                    let topped_up = check.top_up.is_some_and(|t| ask(t.key, &t.gcra, t.overflow).is_ok());
+                    let topped_up = ask.second(check).is_some_and(|t| take(t.key, &t.gcra, t.overflow).is_ok());
                     match refusal {
                         _ if topped_up => Outcome::ToppedUp,
                         TooMany::Wait(wait) => Outcome::Refused(Some(wait)),
@@ -325,7 +325,7 @@ impl<L: Locks> Memory<L> {
             outcomes.push(outcome);
         }
 
-        if !(charge && pass) {
+        if !(ask.charge && pass) {
             for (overflowed, key, before) in charged.into_iter().rev() {
                 if overflowed {
                     overflow.as_mut().map(|times| times.insert(key, before));

@@ -27,8 +27,18 @@ fn check(n: u64, burst: u32) -> Check {
 }
 
 fn ask<L: Locks>(store: &Memory<L>, now: u64, checks: &[Check]) -> (bool, Vec<Outcome>) {
+    ask_with(store, now, checks, &[], true)
+}
+
+fn ask_with<L: Locks>(
+    store: &Memory<L>,
+    now: u64,
+    checks: &[Check],
+    seconds: &[TopUp],
+    charge: bool,
+) -> (bool, Vec<Outcome>) {
     let mut outcomes = Outcomes::new();
-    let pass = store.decide(now, checks, true, &mut outcomes);
+    let pass = store.decide(now, &Ask { checks, seconds, charge, partition: 0 }, &mut outcomes);
     (pass, outcomes.to_vec())
 }
 
@@ -62,20 +72,20 @@ fn a_token_tops_up_into_a_second_limit() {
     let store = store(1 << 20);
     let first = check(1, 1);
     let second = check(9, 2);
-    let with = Check { top_up: Some(TopUp { key: second.key, gcra: second.gcra, overflow: Key(1) }), ..first };
-    assert_eq!(ask(&store, SECOND, &[with]).1, [Outcome::Allowed]);
-    assert_eq!(ask(&store, SECOND, &[with]).1, [Outcome::ToppedUp]);
-    assert_eq!(ask(&store, SECOND, &[with]).1, [Outcome::ToppedUp]);
-    assert!(!ask(&store, SECOND, &[with]).0);
+    let seconds = [TopUp { key: second.key, gcra: second.gcra, overflow: Key(1) }];
+    let with = || ask_with(&store, SECOND, &[Check { top_up: Some(0), ..first }], &seconds, true);
+    assert_eq!(with().1, [Outcome::Allowed]);
+    assert_eq!(with().1, [Outcome::ToppedUp]);
+    assert_eq!(with().1, [Outcome::ToppedUp]);
+    assert!(!with().0);
     assert!(!ask(&store, SECOND, &[first]).0);
 }
 
 #[test]
 fn asking_without_charging_takes_nothing() {
     let store = store(1 << 20);
-    let mut outcomes = Outcomes::new();
     for _ in 0..5 {
-        assert!(store.decide(SECOND, &[check(1, 1)], false, &mut outcomes));
+        assert!(ask_with(&store, SECOND, &[check(1, 1)], &[], false).0);
     }
     assert!(ask(&store, SECOND, &[check(1, 1)]).0);
     assert!(!ask(&store, SECOND, &[check(1, 1)]).0);
@@ -94,7 +104,11 @@ fn what_is_owed_is_paid_first() {
 
 #[test]
 fn at_32_octets_a_key_every_key_has_room() {
-    let keys = 1_000_000;
+    fill(20_000);
+    fill(1_000_000);
+}
+
+fn fill(keys: usize) {
     let store = store(32 * keys);
     assert!(store.octets() <= 32 * keys, "{}", store.octets());
     for n in 0..keys as u64 {
@@ -168,7 +182,7 @@ fn threads_on_one_key_admit_exactly_the_burst() {
 struct Model(HashMap<Key, u64>);
 
 impl Model {
-    fn decide(&mut self, now: u64, checks: &[Check], charge: bool) -> (bool, Vec<Outcome>) {
+    fn decide(&mut self, now: u64, checks: &[Check], seconds: &[TopUp], charge: bool) -> (bool, Vec<Outcome>) {
         let mut after = self.0.clone();
         let mut pass = true;
         let mut outcomes = vec![];
@@ -177,7 +191,8 @@ impl Model {
                 let tat = after.get(&key).copied().unwrap_or(0);
                 gcra.take(tat, now, check.cost).map(|new| after.insert(key, new))
             };
-            let outcome = match (ask(check.key, check.gcra), check.top_up) {
+            let second = check.top_up.map(|at| seconds[usize::from(at)]);
+            let outcome = match (ask(check.key, check.gcra), second) {
                 (Ok(_), _) => Outcome::Allowed,
                 (Err(_), Some(second)) if ask(second.key, second.gcra).is_ok() => Outcome::ToppedUp,
                 (Err(TooMany::Wait(wait)), _) => Outcome::Refused(Some(wait)),
@@ -193,14 +208,14 @@ impl Model {
     }
 }
 
-/// A limit's check on one of a few keys.
-fn some_check() -> impl Strategy<Value = Check> {
+/// A limit's check on one of a few keys, and its second limit.
+fn some_check() -> impl Strategy<Value = (Check, Option<TopUp>)> {
     (0u64..40, 1u32..6, 1u32..8, any::<bool>(), prop::option::of(40u64..60)).prop_map(
         |(n, burst, cost, enforce, second)| {
             // A key has one rate: the burst follows from the key.
             let burst = burst.min(1 + n as u32 % 5);
             let top_up = second.map(|n| TopUp { key: key(n), gcra: check(n, 2).gcra, overflow: Key(1) });
-            Check { cost, enforce, top_up, ..check(n * 8 + u64::from(burst), burst) }
+            (Check { cost, enforce, ..check(n * 8 + u64::from(burst), burst) }, top_up)
         },
     )
 }
@@ -218,9 +233,17 @@ proptest! {
         let mut now = 1;
         for (pause, checks, charge) in requests {
             now += pause;
-            let mut outcomes = Outcomes::new();
-            let pass = store.decide(now, &checks, charge, &mut outcomes);
-            prop_assert_eq!((pass, outcomes.to_vec()), model.decide(now, &checks, charge));
+            let mut seconds = vec![];
+            let checks: Vec<Check> = checks
+                .into_iter()
+                .map(|(check, second)| {
+                    let top_up = second.map(|_| seconds.len() as u16);
+                    seconds.extend(second);
+                    Check { top_up, ..check }
+                })
+                .collect();
+            let said = ask_with(&store, now, &checks, &seconds, charge);
+            prop_assert_eq!(said, model.decide(now, &checks, &seconds, charge));
             prop_assert_eq!(store.overflowed.get(), 0);
         }
     }
@@ -251,7 +274,7 @@ fn has_an_order(model: &Model, now: u64, threads: &[&[(Vec<Check>, (bool, Vec<Ou
             let mut model = model.clone();
             let mut threads = threads.to_vec();
             threads[i] = rest;
-            model.decide(now, checks, true) == *answer && has_an_order(&model, now, &threads)
+            model.decide(now, checks, &[], true) == *answer && has_an_order(&model, now, &threads)
         })
 }
 

@@ -49,8 +49,8 @@ pub struct Check {
     pub on_failure: OnFailure,
     /// Which overflow bucket stands in when the store has no room for the key: one a limit.
     pub overflow: Key,
-    /// The second limit, asked where the first refuses and a token was brought.
-    pub top_up: Option<TopUp>,
+    /// The second limit, asked where the first refuses and a token was brought: its place among [`Ask::seconds`].
+    pub top_up: Option<u16>,
 }
 
 /// The second limit of a [`Check`].
@@ -69,6 +69,8 @@ pub struct TopUp {
 pub struct Ask<'a> {
     /// Of each limit.
     pub checks: &'a [Check],
+    /// Second limits of these.
+    pub seconds: &'a [TopUp],
     /// Take the cells, if all pass.
     pub charge: bool,
     /// Stands for the request's provider, where a store is partitioned by it.
@@ -110,6 +112,27 @@ pub struct Limiter {
     started: Instant,
 }
 
+// === impl Ask ===
+
+impl<'a> Ask<'a> {
+    /// These checks, charged if all pass; no second limits, and one provider.
+    pub fn of(checks: &'a [Check]) -> Self {
+        Self { checks, seconds: &[], charge: true, partition: 0 }
+    }
+
+    /// The second limit of a check.
+    #[inline]
+    pub fn second(&self, check: &Check) -> Option<&'a TopUp> {
+        self.seconds.get(usize::from(check.top_up?))
+    }
+
+    /// All keys that are asked about.
+    #[inline]
+    fn keys(&self) -> impl Iterator<Item = Key> {
+        self.checks.iter().map(|check| check.key).chain(self.seconds.iter().map(|second| second.key))
+    }
+}
+
 // === impl Outcome ===
 
 impl Outcome {
@@ -143,7 +166,7 @@ impl Limiter {
     /// pass: those that do, and of the shadows those that would. Returns whether all enforced ones do.
     pub async fn decide(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> (bool, Decided) {
         match &self.fleet {
-            None => (self.memory.decide(self.now(), ask.checks, ask.charge, outcomes), Decided::ByStore),
+            None => (self.memory.decide(self.now(), ask, outcomes), Decided::ByStore),
             Some(fleet) => match fleet.decide(ask, outcomes).await {
                 Ok(pass) => (pass, Decided::ByStore),
                 Err(fleet::Gone) => (self.decide_without_store(ask, outcomes), Decided::WithoutStore),
@@ -152,8 +175,8 @@ impl Limiter {
     }
 
     /// Asks this node's own memory, wherever limits are kept.
-    pub fn decide_here(&self, checks: &[Check], charge: bool, outcomes: &mut Outcomes) -> bool {
-        self.memory.decide(self.now(), checks, charge, outcomes)
+    pub fn decide_here(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> bool {
+        self.memory.decide(self.now(), ask, outcomes)
     }
 
     #[cold]
@@ -162,7 +185,8 @@ impl Limiter {
             ask.checks.iter().filter(|check| check.on_failure == OnFailure::Local).copied().collect();
         let closed = ask.checks.iter().any(|check| check.enforce && check.on_failure == OnFailure::Closed);
         let mut said = Outcomes::new();
-        self.memory.decide(self.now(), &local, ask.charge && !closed, &mut said);
+        let here = Ask { checks: &local, charge: ask.charge && !closed, ..*ask };
+        self.memory.decide(self.now(), &here, &mut said);
         let mut said = said.into_iter();
         outcomes.clear();
         outcomes.extend(ask.checks.iter().map(|check| match check.on_failure {
@@ -212,7 +236,7 @@ mod tests {
         };
         let decide = |checks: &[Check]| {
             let mut outcomes = Outcomes::new();
-            let pass = limiter.decide_without_store(&Ask { checks, charge: true, partition: 0 }, &mut outcomes);
+            let pass = limiter.decide_without_store(&Ask::of(checks), &mut outcomes);
             (pass, outcomes.to_vec())
         };
         let (local, open) = (check(1, OnFailure::Local), check(2, OnFailure::Open));

@@ -32,6 +32,8 @@ pub struct Setup {
     pub client_certificates: &'static str,
     pub timeouts: &'static str,
     pub delivery: &'static str,
+    /// Of the table `[limits]`.
+    pub limits: String,
     /// Appended as it is.
     pub more: String,
 }
@@ -47,6 +49,7 @@ impl Setup {
             client_certificates: "optional",
             timeouts: "headers = \"1s\"\nbody_idle = \"1s\"\nbody_total = \"3s\"\nshutdown = \"5s\"",
             delivery: "connect_timeout = \"1s\"\nread_timeout = \"1s\"\neject_for = \"1s\"",
+            limits: "memory = \"1MiB\"".into(),
             more: String::new(),
         }
     }
@@ -68,6 +71,7 @@ pub struct Gateway {
     pub addr: SocketAddr,
     pub admin: SocketAddr,
     pub dir: tempfile::TempDir,
+    setup: Setup,
     child: Child,
 }
 
@@ -98,9 +102,32 @@ impl Gateway {
             .stderr(std::fs::File::create(dir.path().join("stderr")).unwrap())
             .spawn()
             .unwrap();
-        let mut gateway = Gateway { addr, admin, dir, child };
+        let mut gateway = Gateway { addr, admin, dir, setup, child };
         gateway.wait_until_healthy().await;
         gateway
+    }
+
+    /// Writes its configuration anew, changed, has it reload, and waits until that has come to `result`.
+    pub async fn reload(&mut self, result: &str, change: impl FnOnce(&mut Setup)) {
+        let series = format!("moh_gateway_config_reloads_total{{result=\"{result}\"}}");
+        let before = self.metric(&series).await;
+        change(&mut self.setup);
+        config(self.dir.path(), self.addr, self.admin, &self.setup);
+        self.signal("-HUP");
+        self.until_metric(&series, |n| n > before).await;
+    }
+
+    /// Waits until a metric is as it should be, for five seconds at most.
+    pub async fn until_metric(&self, series: &str, holds: impl Fn(f64) -> bool) -> Duration {
+        let began = Instant::now();
+        loop {
+            let value = self.metric(series).await;
+            if holds(value) {
+                return began.elapsed();
+            }
+            assert!(began.elapsed() < Duration::from_secs(5), "{series} is {value}: {}", self.stderr());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     async fn wait_until_healthy(&mut self) {
@@ -222,7 +249,7 @@ address = "{admin}"
 [access_log]
 path = "access.log"
 [limits]
-memory = "1MiB"
+{limits}
 [runtime]
 threads = 2
 [timeouts]
@@ -237,6 +264,7 @@ threads = 2
         key = key.display(),
         timeouts = setup.timeouts,
         delivery = setup.delivery,
+        limits = setup.limits,
         more = setup.more,
     );
     let path = dir.join("gateway.toml");

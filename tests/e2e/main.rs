@@ -12,6 +12,7 @@
 mod support;
 
 mod command_line;
+mod fleet;
 mod forwarding;
 mod harness;
 mod hostile;

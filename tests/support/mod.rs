@@ -1,5 +1,5 @@
 //! What tests and demo share: a certificate authority, an encoder of requests, MLS clients, a Delivery Service, a
-//! federation client, and an issuer of Privacy Pass tokens. None of it uses the gateway's own code.
+//! federation client, an issuer of Privacy Pass tokens, and a real Redis. None of it uses the gateway's own code.
 #![allow(
     dead_code,
     clippy::unwrap_used,
@@ -16,4 +16,5 @@ pub mod ds;
 pub mod encode;
 pub mod mls;
 pub mod pki;
+pub mod redis;
 pub mod tokens;

@@ -31,8 +31,7 @@ use tokio::time::Instant;
 use super::pki::Ca;
 
 /// What the user of [`Redis::start_tls`] may do. 7.0 has no `client|setinfo` and would refuse to start with it.
-const LIMITED_USER: &[&str] =
-    &["~moh:*", "+evalsha", "+eval", "+script|load", "+ping", "+time", "+get", "+set", "+hello"];
+const LIMITED_USER: &[&str] = &["~moh:*", "+evalsha", "+eval", "+ping", "+hello", "+time", "+mget", "+set", "+del"];
 
 /// How much a direction of a [`FaultProxy`] keeps before it stops reading.
 const QUEUE: usize = 4 << 20;

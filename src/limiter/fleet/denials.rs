@@ -1,7 +1,7 @@
 //! What the store has refused, and until when: so long, this node refuses it by itself.
 //!
 //! A state's time only grows, so a key that has no cell now has none before the time that was said. A flood that is refused
-//! does not reach the store.
+//! does not reach the store. A store that was away may know less than before: then nothing is remembered of it.
 
 use super::{Check, Key, Outcome, Outcomes, is_final, shard_of};
 use parking_lot::Mutex;
@@ -21,6 +21,11 @@ impl Denials {
     /// For so many keys at most.
     pub(super) fn new(keys: usize) -> Self {
         Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect(), room: (keys / SHARDS).max(1) }
+    }
+
+    /// Forgets everything.
+    pub(super) fn clear(&self) {
+        self.shards.iter().for_each(|shard| shard.lock().clear());
     }
 
     /// Refuses a request that the store would refuse.

@@ -11,7 +11,7 @@
 use super::store::{Call, Gone};
 use super::{Micros, Shared, shard_of, window};
 use crate::limiter::gcra::Gcra;
-use crate::limiter::{Ask, Check, Key, Outcome, Outcomes, all_pass};
+use crate::limiter::{Ask, Key, Outcome, Outcomes, all_pass};
 use parking_lot::{Mutex, MutexGuard};
 use smallvec::SmallVec;
 use std::collections::HashMap;
@@ -24,6 +24,10 @@ const SHARDS: usize = 64;
 
 /// Keys in one call at most.
 const TOGETHER: usize = 256;
+
+/// A node that got less than it wanted asks for the key again no sooner than this after there may be more: by then there is
+/// more than a single cell, as a rule. Who is refused meanwhile is told of a time after it.
+const PACE: Duration = Duration::from_millis(100);
 
 /// Answers a request waits for, before it asks the store to decide it as a whole.
 const PATIENCE: usize = 3;
@@ -38,6 +42,8 @@ struct Lease {
     /// Until when the store has not as many as `denied` at once.
     denied_until: u64,
     denied: u32,
+    /// Until when no more is asked for before it is needed: the store had less than was wanted.
+    quiet_until: u64,
     /// An answer is awaited.
     asked: bool,
 }
@@ -106,10 +112,14 @@ impl Leases {
             tokio::pin!(answered);
             // What is answered from here on is not missed.
             answered.as_mut().enable();
-            match self.attempt(shared.now(), ask, outcomes) {
+            let up = !shared.remote.breaker.is_open();
+            match self.attempt(shared.now(), up, ask, outcomes) {
                 Tried::Decided(pass) => return Ok(pass),
                 Tried::NoRoom => break,
-                Tried::Waiting if shared.remote.breaker.is_open() => return Err(Gone),
+                Tried::Waiting if !up => {
+                    shared.remote.metrics.skipped.inc();
+                    return Err(Gone);
+                }
                 Tried::Waiting => {}
             }
             let timeout = shared.remote.settings().timeout;
@@ -121,24 +131,24 @@ impl Leases {
         shared.decide_strictly(ask, outcomes).await
     }
 
-    fn lock(&self, checks: &[Check]) -> Guards<'_> {
-        let keys = checks.iter().flat_map(|check| [Some(check.key), check.top_up.map(|second| second.key)]).flatten();
+    fn lock(&self, keys: impl Iterator<Item = Key>) -> Guards<'_> {
         let mut wanted: SmallVec<[usize; 24]> = keys.map(|key| shard_of(key, SHARDS)).collect();
         wanted.sort_unstable();
         wanted.dedup();
         wanted.into_iter().filter_map(|i| Some((i, self.shards.get(i)?.lock()))).collect()
     }
 
-    /// Decides with what is held; what is missing is asked for.
-    fn attempt(&self, now: u64, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Tried {
-        let mut guards = self.lock(ask.checks);
+    /// Decides with what is held; what is missing is asked for. While the store is not `up` what it has refused is not
+    /// known to be refused still.
+    fn attempt(&self, now: u64, up: bool, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Tried {
+        let mut guards = self.lock(ask.keys());
         let known = |guards: &Guards<'_>, key: Key, gcra: &Gcra, cost: u32| {
             if cost > gcra.burst() {
                 return Known::Never;
             }
             match shard(guards, key).and_then(|shard| shard.get(&key)) {
                 Some(lease) if lease.cells >= cost => Known::Held,
-                Some(lease) if lease.denied_until > now && cost >= lease.denied => {
+                Some(lease) if up && lease.denied_until > now && cost >= lease.denied => {
                     let more = gcra.increment(cost - lease.denied);
                     Known::Denied(Duration::from_nanos((lease.denied_until - now).saturating_add(more)))
                 }
@@ -164,7 +174,7 @@ impl Leases {
                 Known::Denied(wait) => Outcome::Refused(Some(wait)),
                 Known::Never => Outcome::Refused(None),
             };
-            let second = check.top_up.map(|t| (t, known(&guards, t.key, &t.gcra, check.cost)));
+            let second = ask.second(check).map(|t| (t, known(&guards, t.key, &t.gcra, check.cost)));
             outcomes.push(match second {
                 Some((second, Known::Held)) => {
                     taken.push((second.key, second.gcra, check.cost));
@@ -181,6 +191,9 @@ impl Leases {
         if !all_pass(ask.checks, outcomes) {
             return Tried::Decided(false);
         }
+        if !missing.is_empty() && !up {
+            return Tried::Waiting;
+        }
         if !missing.is_empty() {
             return self.want(&mut guards, now, ask.partition, &missing);
         }
@@ -190,7 +203,7 @@ impl Leases {
                 lease.cells = lease.cells.saturating_sub(cost);
                 lease.used = now;
                 let batch = self.batch(&gcra);
-                if lease.cells < batch.div_ceil(2) && !lease.asked && lease.denied_until <= now {
+                if up && lease.cells < batch.div_ceil(2) && !lease.asked && lease.quiet_until <= now {
                     self.send(key, lease, batch, 1);
                 }
             }
@@ -211,6 +224,7 @@ impl Leases {
                 used: now,
                 denied_until: 0,
                 denied: 0,
+                quiet_until: 0,
                 asked: false,
             });
             lease.used = now;
@@ -240,10 +254,19 @@ impl Leases {
         lease.asked = false;
         let Some((granted, wait)) = answer else { return };
         lease.cells = lease.cells.saturating_add(u32::try_from(granted).unwrap_or(0));
+        let pace = u64::try_from(PACE.as_nanos()).unwrap_or(0);
+        if granted < want.cells {
+            lease.quiet_until = sent.saturating_add(pace);
+        }
         if let Ok(wait @ 1..) = u64::try_from(wait) {
-            lease.denied_until = sent.saturating_add(wait.saturating_mul(1000));
+            lease.denied_until = sent.saturating_add(wait.saturating_mul(1000)).saturating_add(pace);
             lease.denied = want.need;
         }
+    }
+
+    /// Forgets what was refused, and holds what it holds.
+    pub(super) fn clear(&self) {
+        self.shards.iter().for_each(|shard| shard.lock().values_mut().for_each(|lease| lease.denied_until = 0));
     }
 
     /// What has not been used for a while.

@@ -102,8 +102,8 @@ pub struct Fleet {
 
 struct Shared {
     remote: Arc<Remote>,
-    decide: Arc<Script>,
-    lease: Arc<Script>,
+    decide: Script,
+    lease: Script,
     denials: Denials,
     leases: Option<Leases>,
     started: Instant,
@@ -148,8 +148,8 @@ impl Fleet {
         let shared = Arc::new(Shared {
             denials: Denials::new(settings.keys),
             remote: Arc::new(Remote::new(settings, metrics)),
-            decide: Arc::new(Script::new(include_str!("decide.lua"))),
-            lease: Arc::new(Script::new(include_str!("lease.lua"))),
+            decide: Script::new(include_str!("decide.lua")),
+            lease: Script::new(include_str!("lease.lua")),
             leases,
             started: Instant::now(),
         });
@@ -160,8 +160,7 @@ impl Fleet {
                     tokio::spawn(leases::negotiate(own.clone(), wants));
                     tokio::spawn(leases::give_back(own.clone()));
                 }
-                let probe = own.clone();
-                own.remote.clone().keep(move || probe.probe()).await;
+                own.remote.keep(&own).await;
             });
         })?;
         Ok(Self { shared, runtime: handle })
@@ -224,8 +223,8 @@ impl Shared {
             call.arg(Micros(check.gcra.increment(check.cost)));
             call.arg(window(&check.gcra));
             call.arg(u8::from(check.enforce));
-            call.arg(u8::from(check.top_up.is_some()));
-            if let Some(second) = &check.top_up {
+            call.arg(u8::from(ask.second(check).is_some()));
+            if let Some(second) = ask.second(check) {
                 call.keys.push(self.name(second.key, ask.partition));
                 call.arg(Micros(second.gcra.increment(check.cost)));
                 call.arg(window(&second.gcra));
@@ -234,8 +233,16 @@ impl Shared {
         call
     }
 
+    /// The store is back, and perhaps with less than it knew.
+    fn forget(&self) {
+        self.denials.clear();
+        if let Some(leases) = &self.leases {
+            leases.clear();
+        }
+    }
+
     /// What a request would ask, of a state of nobody's: whether the store does what it is there for.
-    fn probe(&self) -> (Arc<Script>, Call) {
+    fn probe(&self) -> (&Script, Call) {
         let mut call = Call::new();
         call.keys.push(self.name(Key(0), 0));
         call.arg(1);
@@ -243,11 +250,12 @@ impl Shared {
         call.arg(1000);
         call.arg(0);
         call.arg(0);
-        (self.decide.clone(), call)
+        (&self.decide, call)
     }
 
     async fn decide_strictly(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Result<bool, Gone> {
-        if self.denials.refuse(self.now(), ask.checks, outcomes) {
+        let up = !self.remote.breaker.is_open();
+        if up && self.denials.refuse(self.now(), ask.checks, outcomes) {
             return Ok(false);
         }
         let call = self.call(ask, u8::from(ask.charge));

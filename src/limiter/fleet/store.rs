@@ -6,7 +6,7 @@
 //! for requests which were decided otherwise, and never the reverse.
 
 use super::breaker::Breaker;
-use super::{Metrics, Settings};
+use super::{Metrics, Settings, Shared};
 use arc_swap::ArcSwapOption;
 use redis::aio::MultiplexedConnection;
 use redis::cluster::ClusterClient;
@@ -171,7 +171,7 @@ impl Remote {
     }
 
     /// Keeps the connections, for as long as the process lives.
-    pub(super) async fn keep(self: Arc<Self>, probe: impl Fn() -> (Arc<Script>, Call)) {
+    pub(super) async fn keep(&self, shared: &Shared) {
         let mut said = false;
         loop {
             let mut drivers = JoinSet::new();
@@ -179,7 +179,7 @@ impl Remote {
             let connected = tokio::time::timeout(within, self.connect(&mut drivers)).await;
             let connected = connected.unwrap_or_else(|_| Err("it does not answer in time".into()));
             let answers = match connected {
-                Ok(links) => self.answers(&links, &probe).await.map(|()| links),
+                Ok(links) => self.answers(&links, shared).await.map(|()| links),
                 Err(e) => Err(e),
             };
             match answers {
@@ -193,8 +193,9 @@ impl Remote {
                 Ok(links) => {
                     tracing::info!(connections = links.len(), "the limits' store answers");
                     self.links.store(Some(Arc::new(links.clone())));
+                    shared.forget();
                     self.breaker.close();
-                    let why = self.watch(&links, &mut drivers, &probe).await;
+                    let why = self.watch(&links, &mut drivers, shared).await;
                     self.breaker.open();
                     self.links.store(None);
                     tracing::warn!("the limits' store {why}; each limit does as its on_store_failure says");
@@ -207,12 +208,7 @@ impl Remote {
     }
 
     /// Until the store does not answer any more: how that was noticed.
-    async fn watch(
-        &self,
-        links: &[Link],
-        drivers: &mut JoinSet<()>,
-        probe: &impl Fn() -> (Arc<Script>, Call),
-    ) -> &'static str {
+    async fn watch(&self, links: &[Link], drivers: &mut JoinSet<()>, shared: &Shared) -> &'static str {
         loop {
             let died = async {
                 match drivers.is_empty() {
@@ -224,7 +220,7 @@ impl Remote {
                 _ = died => return "has closed a connection",
                 () = self.breaker.opened() => return "does not answer",
                 () = tokio::time::sleep(WATCH) => {
-                    if self.answers(links, probe).await.is_err() {
+                    if self.answers(links, shared).await.is_err() {
                         return "does not answer";
                     }
                 }
@@ -233,10 +229,10 @@ impl Remote {
     }
 
     /// Whether every connection does what requests ask of it, in the time that they have.
-    async fn answers(&self, links: &[Link], probe: &impl Fn() -> (Arc<Script>, Call)) -> Result<(), String> {
+    async fn answers(&self, links: &[Link], shared: &Shared) -> Result<(), String> {
         for link in links {
-            let (script, call) = probe();
-            match tokio::time::timeout(self.settings.timeout, ask(link.clone(), &script, &call)).await {
+            let (script, call) = shared.probe();
+            match tokio::time::timeout(self.settings.timeout, ask(link.clone(), script, &call)).await {
                 Ok(Ok(_)) => {}
                 Ok(Err(e)) => return Err(e.to_string()),
                 Err(_) => return Err("it does not answer in time".into()),
