@@ -4,7 +4,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help setup build release demo test lint bench fuzz clean
+.PHONY: help setup setup-test build release demo test lint bench picture fuzz clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -13,6 +13,9 @@ setup: ## What the build needs beside a Rust toolchain, gcc, make and git (cmake
 	@command -v cmake >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -yq cmake; }
 	@$(CARGO) fmt --version >/dev/null 2>&1 || rustup component add rustfmt
 	@$(CARGO) clippy --version >/dev/null 2>&1 || rustup component add clippy
+
+setup-test: setup ## What the tests need beside that: redis-server, which they start themselves on ports of their own (by apt)
+	@command -v redis-server >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) env RUNLEVEL=1 apt-get install -yq redis-server; }
 
 build: setup ## A debug build
 	$(CARGO) build --locked
@@ -28,11 +31,15 @@ lint: setup ## Formatting and clippy
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 
-test: lint ## Formatting, clippy, and all tests; MOH_VECTORS=DIR has the shared vectors read, too
-	$(CARGO) test --locked --bench gateway -- --test
+test: setup-test lint ## Formatting, clippy, and all tests; MOH_VECTORS=DIR has the shared vectors read, too
+	$(CARGO) test --locked --benches -- --test
 	$(CARGO) test --locked --lib --bins --tests
 
-bench: setup ## The benchmarks (criterion): target/criterion/report/index.html
+picture: setup ## docs/limits.svg: what a limit admits of a burst, a flood and at a window's edge, measured (15 s)
+	$(CARGO) build --locked --bin moh-gateway --example picture
+	target/debug/examples/picture --out docs/limits.svg
+
+bench: setup-test ## The benchmarks (criterion): target/criterion/report/index.html
 	$(CARGO) bench --locked
 
 fuzz: setup ## The reader, for SECONDS (60) with cargo-fuzz on a nightly toolchain

@@ -19,7 +19,7 @@ use moh_gateway::privacypass::{Challenges, Issuer, Origin};
 use std::hint::black_box;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const GROUP: &[u8] = b"a group ID of 32 octets, as usual";
 
@@ -109,7 +109,7 @@ fn decide(c: &mut Criterion) {
         .collect();
     let policy = Policy { limits, ipv6_prefix: 64, ..Policy::default() };
     let overflowed = prometheus::IntCounter::new("overflowed", "overflowed").unwrap();
-    let limiter = Limiter::new(Memory::new(64 << 20, overflowed), None);
+    let limiter = Limiter::new(Memory::new(64 << 20, overflowed).unwrap(), None);
     let admission = Admission::new(policy, Arc::new(limiter), [7; 16], vec![]);
     let (_, path, body) = requests().remove(0);
     let envelope = endpoint_by_path(path).unwrap().read(&body).unwrap();
@@ -122,17 +122,22 @@ fn decide(c: &mut Criterion) {
         target: None,
         cost: 1,
         octets: 1000,
+        at: Instant::now(),
     };
     let mut group = c.benchmark_group("decide");
     group.bench_function("five limits, the same keys", |b| {
-        b.iter(|| now(admission.decide(black_box(&subject), false, true)));
+        b.iter(|| now(admission.decide(black_box(&Subject { at: Instant::now(), ..subject }), false, true)));
     });
     let mut n = 0u64;
     group.bench_function("five limits, a new group each time", |b| {
         b.iter(|| {
             n += 1;
             let group = n.to_be_bytes();
-            now(admission.decide(black_box(&Subject { group: Some(&group), ..subject }), false, true))
+            now(admission.decide(
+                black_box(&Subject { group: Some(&group), at: Instant::now(), ..subject }),
+                false,
+                true,
+            ))
         });
     });
     group.finish();

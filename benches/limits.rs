@@ -200,7 +200,7 @@ fn gcra() -> Gcra {
 /// Our table, of so many octets, with `keys` in it.
 fn filled(budget: u64, keys: u64) -> (Memory, IntCounter) {
     let overflowed = counter();
-    let memory = Memory::new(budget as usize, overflowed.clone());
+    let memory = Memory::new(budget as usize, overflowed.clone()).unwrap();
     let mut check = asking(gcra(), LIVE.get());
     let mut outcomes = Outcomes::new();
     for n in 0..keys {
@@ -245,6 +245,22 @@ fn alone(group: &mut BenchmarkGroup<'_, WallTime>, keys: u64, order: &[u32]) {
     group.throughput(Throughput::Elements(1));
     group.bench_function(BenchmarkId::new("key and clock alone", keys), |b| {
         b.iter(|| (black_box(walk.next()), clock.now()));
+    });
+}
+
+/// What this machine takes to read a word of a table as large as ours, where each read depends on the one before: no check
+/// of a key that is in no cache can take less.
+fn bare(group: &mut BenchmarkGroup<'_, WallTime>, keys: u64) {
+    let words = LazyCell::new(|| (0..keys * 8).map(key).map(|key| key as u64).collect::<Vec<_>>());
+    let (mut at, mut n) = (0, 0u64);
+    group.throughput(Throughput::Elements(1));
+    group.bench_function(BenchmarkId::new("one read of as much memory", keys), |b| {
+        let words = &*words;
+        b.iter(|| {
+            n += 1;
+            at = ((words[at] ^ n) % words.len() as u64) as usize;
+            black_box(at)
+        });
     });
 }
 
@@ -354,6 +370,7 @@ fn checks(c: &mut Criterion) {
         let order = shuffled(keys);
         // One after the other: each store is gone before the next is filled.
         alone(&mut group, keys, &order);
+        bare(&mut group, keys);
         ours(&mut group, keys, &order);
         governor(&mut group, keys, &order);
         pingora(&mut group, keys, &order);
@@ -387,6 +404,40 @@ fn resident() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     let pages: u64 = statm.split_whitespace().nth(1).unwrap().parse().unwrap();
     pages * 4096
+}
+
+/// A hundred million made-up keys against a table that holds a fiftieth of them, and a thousand keys it knows: printed is
+/// what became of it, and that a known key is let through early or late ends the run.
+fn flood() {
+    let (budget, made_up) = (64u64 << 20, if is_test() { 5_000_000 } else { 100_000_000 });
+    let gcra = Gcra::new(1, Duration::from_secs(3600), 2).unwrap();
+    let overflowed = counter();
+    let memory = Memory::new(budget as usize, overflowed.clone()).unwrap();
+    let mut outcomes = Outcomes::new();
+    let mut ask = |n: u64, now: u64| {
+        let check = Check { key: Key(key(n)), gcra, ..asking(gcra, 1) };
+        memory.decide(now, &Ask::of(&[check]), &mut outcomes)
+    };
+    let second = 1_000_000_000u64;
+    // One of two cells is taken, each at a time of its own.
+    for known in 0..1000 {
+        assert!(ask(known, second + known));
+    }
+    let (resident_before, started) = (resident(), Instant::now());
+    let let_in = (0..made_up).filter(|n| ask(UNSEEN + n, 2 * second + n)).count();
+    let took = started.elapsed();
+    let grown = resident().saturating_sub(resident_before);
+    let now = 10 * second;
+    assert!((0..1000).all(|known| ask(known, now)), "late");
+    for known in 0..1000 {
+        assert!(!ask(known, second + known + 3600 * second - 1), "early");
+        assert!(ask(known, second + known + 3600 * second), "late");
+    }
+    println!("flood of {made_up} made-up keys at a table of {} octets:", memory.octets());
+    println!("  {let_in} found a place or the overflow bucket's cells, {} decisions fell to that", overflowed.get());
+    println!("  resident memory grew by {grown} octets, {:.0} ns a decision", took.as_nanos() as f64 / made_up as f64);
+    println!("  of 1000 known keys none was early, none late");
+    assert!(grown < budget + (4 << 20) && memory.octets() <= budget as usize);
 }
 
 fn memory_per_key() {
@@ -541,7 +592,7 @@ fn fleet(port: u16, prefix: &str, mode: Mode) -> (Arc<Limiter>, IntCounter) {
         assert!(Instant::now() < until, "the fleet's store does not answer");
         std::thread::sleep(Duration::from_millis(10));
     }
-    (Arc::new(Limiter::new(Memory::new(1 << 20, counter()), Some(fleet))), answered)
+    (Arc::new(Limiter::new(Memory::new(1 << 20, counter()).unwrap(), Some(fleet))), answered)
 }
 
 /// Decides once, of five limits with keys of their own each; `n` gives the number of a limit's key.
@@ -549,7 +600,7 @@ async fn decide_five(limiter: &Limiter, checks: &mut [Check; 5], outcomes: &mut 
     for (limit, check) in (0..).zip(checks.iter_mut()) {
         check.key = Key(key(5 * n() + limit));
     }
-    let (pass, by) = limiter.decide(&Ask::of(checks), outcomes).await;
+    let (pass, by) = limiter.decide(Instant::now(), &Ask::of(checks), outcomes).await;
     assert!(pass && by == Decided::ByStore, "{pass} {by:?}: {outcomes:?}");
 }
 
@@ -714,6 +765,7 @@ fn main() {
     let wanted = |part: &str| !listed && filter.as_ref().is_none_or(|filter| filter.contains(part));
     if wanted("memory") {
         memory_per_key();
+        flood();
     }
     benches();
     Criterion::default().configure_from_args().final_summary();

@@ -11,7 +11,7 @@ use moh_gateway::limiter::memory::Memory;
 use moh_gateway::limiter::{Limiter, OnFailure};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn send_message() -> Vec<u8> {
     let message = [&[0, 1, 0, 2][..], &encode::vector(b"group"), &[0; 40]].concat();
@@ -43,7 +43,7 @@ fn a_decision_with_five_limits_allocates_nothing() {
     };
     let policy = Policy { limits: (0..5).map(limit).collect(), ipv6_prefix: 64, ..Policy::default() };
     let overflowed = prometheus::IntCounter::new("o", "o").unwrap();
-    let limiter = Limiter::new(Memory::new(1 << 20, overflowed), None);
+    let limiter = Limiter::new(Memory::new(1 << 20, overflowed).unwrap(), None);
     let admission = Admission::new(policy, Arc::new(limiter), [1; 16], vec![]);
     let body = send_message();
     let envelope = endpoint_by_path("/group_operation").unwrap().read(&body).unwrap();
@@ -56,6 +56,7 @@ fn a_decision_with_five_limits_allocates_nothing() {
         target: None,
         cost: 1,
         octets: 100,
+        at: Instant::now(),
     };
     let counted = allocation_counter::measure(|| {
         let decided = std::pin::pin!(admission.decide(&subject, false, true));

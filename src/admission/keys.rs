@@ -24,33 +24,35 @@ pub(super) struct Hasher {
     /// Attributes that any limit's key asks for.
     wanted: KeyParts,
     ipv6_prefix: u8,
+    /// Every limit's key holds the provider.
+    by_provider: bool,
 }
 
 impl Hasher {
-    /// A hasher for limits with these keys. IPv6 sources are one by their first `ipv6_prefix` bits. `provider`: it is wanted
-    /// whatever the keys ask for.
+    /// A hasher for limits with these keys. IPv6 sources are one by their first `ipv6_prefix` bits. `by_provider`: every limit
+    /// counts each provider's requests apart, whatever its key asks for.
     pub(super) fn new(
         secret: [u8; 16],
         keys: impl Iterator<Item = KeyParts> + Clone,
         ipv6_prefix: u8,
-        provider: bool,
+        by_provider: bool,
     ) -> Self {
         let both = u128::from_le_bytes(secret);
         let any = |part: fn(&KeyParts) -> bool| keys.clone().any(|key| part(&key));
         let wanted = KeyParts {
             ip: any(|key| key.ip),
-            provider: provider || any(|key| key.provider || key.group || key.member || key.target),
+            provider: by_provider || any(|key| key.provider || key.group || key.member || key.target),
             group: any(|key| key.group),
             member: any(|key| key.member),
             target: any(|key| key.target),
             endpoint: any(|key| key.endpoint),
         };
-        Self { keys: ((both >> 64) as u64, both as u64), wanted, ipv6_prefix }
+        Self { keys: ((both >> 64) as u64, both as u64), wanted, ipv6_prefix, by_provider }
     }
 
     /// How a limit makes its keys; `second` for its second limit.
     pub(super) fn mix(&self, limit: &str, second: bool, parts: KeyParts) -> Mix {
-        Mix::new(self.keys, limit, second, parts)
+        Mix::new(self.keys, limit, second, parts, self.by_provider)
     }
 
     /// What a rate adds to a key.
@@ -175,7 +177,7 @@ impl Salt {
 }
 
 impl Mix {
-    fn new(keys: (u64, u64), limit: &str, second: bool, parts: KeyParts) -> Self {
+    fn new(keys: (u64, u64), limit: &str, second: bool, parts: KeyParts, by_provider: bool) -> Self {
         // A limit that asks for other attributes is another limit.
         let asks = [parts.ip, parts.provider, parts.group, parts.member, parts.target, parts.endpoint];
         let secret = |n: u8| {
@@ -185,7 +187,7 @@ impl Mix {
             SipHasher24::new_with_keys(!keys.0, !keys.1).hash(&octets).as_u128()
         };
         // One provider must not spend another's quota by naming its groups.
-        let provider = parts.provider || parts.group || parts.member || parts.target;
+        let provider = by_provider || parts.provider || parts.group || parts.member || parts.target;
         // A member's hash holds its group already.
         let used = [parts.ip, provider, parts.group, parts.member, parts.target, parts.endpoint];
         let mut factors = [0; PARTS];

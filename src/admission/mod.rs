@@ -23,7 +23,7 @@ use smallvec::SmallVec;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A request, as the limits see it.
 #[derive(Debug, Clone, Copy)]
@@ -44,6 +44,8 @@ pub struct Subject<'a> {
     pub cost: u32,
     /// Octets of its body: as declared, else as many as have come.
     pub octets: u32,
+    /// When it first asked.
+    pub at: Instant,
 }
 
 /// What the limits say of a request.
@@ -198,9 +200,10 @@ impl Admission {
                 continue;
             }
             let key = mix.key(&parts, *salt);
-            let (ticket, most) = (self.limiter.in_flight().enter(key), limit.most_for(subject.provider));
+            let most = limit.most_for(subject.provider);
+            let ticket = self.limiter.in_flight().enter(key, if limit.scope.enforce { most } else { u32::MAX });
             let counters = counters.clone().nth(i);
-            if ticket.count <= most {
+            if ticket.as_ref().is_some_and(|ticket| ticket.count <= most) {
                 counters.inspect(|counters| counters.allowed.inc());
             } else {
                 counters.inspect(|counters| counters.refused.inc());
@@ -217,7 +220,7 @@ impl Admission {
                     });
                 }
             }
-            tickets.push(ticket);
+            tickets.extend(ticket);
         }
         if violated.is_empty() { Ok(tickets) } else { Err(violated) }
     }
@@ -233,7 +236,7 @@ impl Admission {
         }
         let mut outcomes = Outcomes::new();
         let ask = Ask { checks: &asked.checks, seconds: &asked.seconds, charge, partition: asked.partition };
-        let (pass, by) = self.limiter.decide(&ask, &mut outcomes).await;
+        let (pass, by) = self.limiter.decide(subject.at, &ask, &mut outcomes).await;
         let decision = match pass {
             true => Decision::Pass { topped_up: outcomes.contains(&Outcome::ToppedUp) },
             false => self.refusal(subject, &asked, &outcomes),
@@ -306,15 +309,24 @@ impl Admission {
         }
     }
 
-    /// The limits of octets that cover a request whose body's length is not known before it is in.
-    pub fn owing(&self, subject: &Subject<'_>) -> Owing {
-        if self.policy.limits.iter().all(|limit| limit.unit != Unit::Octets) {
+    /// The limits of octets that a request has been charged to, for one whose body's length is not known before it is in.
+    pub fn owing(&self, subject: &Subject<'_>, tally: &Tally) -> Owing {
+        let octets = |i: u16| self.policy.limits.get(usize::from(i)).is_some_and(|limit| limit.unit == Unit::Octets);
+        if !tally.of.iter().any(|i| octets(*i)) {
             return Owing::default();
         }
         let mut asked = Asked::default();
-        self.ask(subject, false, &mut asked);
-        let octets = |i: u16| self.policy.limits.get(usize::from(i)).is_some_and(|limit| limit.unit == Unit::Octets);
-        let checks = asked.checks.iter().zip(&asked.of).filter(|(_, i)| octets(**i)).map(|(check, _)| *check);
+        self.ask(subject, tally.said.contains(&Outcome::ToppedUp), &mut asked);
+        let ask = Ask { seconds: &asked.seconds, ..Ask::of(&asked.checks) };
+        let charged = asked.checks.iter().zip(&tally.said).zip(&asked.of).filter(|(_, i)| octets(**i));
+        let checks = charged.filter_map(|((check, outcome), _)| match outcome {
+            Outcome::Allowed => Some(Check { top_up: None, ..*check }),
+            Outcome::ToppedUp => {
+                let TopUp { key, gcra, overflow } = *ask.second(check)?;
+                Some(Check { key, gcra, overflow, top_up: None, ..*check })
+            }
+            Outcome::Refused(_) | Outcome::Unavailable => None,
+        });
         Owing { checks: checks.collect(), partition: asked.partition }
     }
 
@@ -425,7 +437,7 @@ mod tests {
     }
 
     fn of(policy: Policy) -> Admission {
-        let memory = Memory::new(1 << 20, prometheus::IntCounter::new("o", "o").unwrap());
+        let memory = Memory::new(1 << 20, prometheus::IntCounter::new("o", "o").unwrap()).unwrap();
         Admission::new(policy, Arc::new(Limiter::new(memory, None)), [7; 16], vec![])
     }
 
@@ -452,6 +464,7 @@ mod tests {
             target: None,
             cost: 1,
             octets: 0,
+            at: Instant::now(),
         }
     }
 
@@ -606,8 +619,11 @@ mod tests {
         assert!(passes(&admission, &of(400)));
         assert!(!passes(&admission, &of(1)));
         let other = Subject { provider: Some("b.example"), ..of(10) };
-        assert!(passes(&admission, &other));
-        let mut owing = admission.owing(&other);
+        let mut decided = std::pin::pin!(admission.decide(&other, false, true));
+        let Poll::Ready((_, tally)) = decided.as_mut().poll(&mut Context::from_waker(Waker::noop())) else {
+            panic!("it waits");
+        };
+        let mut owing = admission.owing(&other, &tally);
         assert!(!owing.is_empty());
         admission.owe(&mut owing, 5000);
         let Decision::Refuse { violated, .. } = decide(&admission, &other, false) else { panic!("5010 of 1000") };

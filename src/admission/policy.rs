@@ -140,7 +140,8 @@ impl Policy {
     /// What a token does for `limit` at `operation`: as the limit says, else as the endpoint does.
     pub(super) fn token_use(&self, limit: &Limit, operation: &Operation) -> TokenUse {
         match limit.token {
-            TokenUse::Off => self.endpoint_token(operation),
+            // An endpoint's token is for limits of requests.
+            TokenUse::Off if limit.unit == Unit::Requests => self.endpoint_token(operation),
             own => own,
         }
     }

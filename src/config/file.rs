@@ -263,7 +263,7 @@ pub(super) struct Redis {
     #[serde(default)]
     pub(super) partition: Partition,
     #[serde(default = "milliseconds::<50>")]
-    pub(super) timeout: Span,
+    pub(super) timeout: Spanned<Span>,
     pub(super) connections: Option<Spanned<usize>>,
     #[serde(default)]
     pub(super) mode: RedisMode,
@@ -271,8 +271,8 @@ pub(super) struct Redis {
     pub(super) lease_idle: Option<Spanned<Span>>,
 }
 
-fn milliseconds<const N: u64>() -> Span {
-    Span(Duration::from_millis(N))
+fn milliseconds<const N: u64>() -> Spanned<Span> {
+    Spanned::new(0..0, Span(Duration::from_millis(N)))
 }
 
 #[derive(Debug, Deserialize)]

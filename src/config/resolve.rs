@@ -363,6 +363,9 @@ impl<'a> Resolver<'a> {
             let token = self.token(name, table.token, table.token_rate, table.token_burst.as_ref(), |part| {
                 key(&format!(".{part}"))
             });
+            if let Some(burst) = table.token_burst.as_ref().filter(|burst| burst.get_ref().octets) {
+                self.wrong(burst, key(".token_burst"), "an endpoint's token is for limits of requests, not of octets");
+            }
             policy.endpoint_tokens.extend(endpoint.operations.iter().map(|o| (o.id, token)));
         }
         max_body
@@ -699,18 +702,29 @@ impl<'a> Resolver<'a> {
         if let Some(at) = table.prefix.as_ref().filter(|_| prefix.is_empty() || prefix.contains(['{', '}', ' '])) {
             self.wrong(at, key("prefix"), "a prefix has no braces and no blanks, and is not empty");
         }
-        if let Some(at) = table.connections.as_ref().filter(|n| !(1..=64).contains(n.get_ref())) {
-            self.wrong(at, key("connections"), "1 to 64");
+        if !(Duration::from_millis(2)..=Duration::from_millis(500)).contains(&table.timeout.get_ref().0) {
+            self.wrong(&table.timeout, key("timeout"), "2ms to 500ms");
+        }
+        if table.nodes.get_ref().len() > 1 && !table.cluster {
+            let message =
+                "the first that answers and takes writes is used: two that do, apart from each other, are two limits";
+            self.hint(&table.nodes, key("nodes"), message);
+        }
+        if let Some(at) = table.connections.as_ref().filter(|n| !(1..=16).contains(n.get_ref())) {
+            self.wrong(at, key("connections"), "1 to 16");
+        }
+        if let Some(at) = table.lease_idle.as_ref().filter(|idle| idle.get_ref().0 < Duration::from_millis(100)) {
+            self.wrong(at, key("lease_idle"), "100ms is the least");
         }
         if let Some(at) = table.lease_share.as_ref().filter(|share| *share.get_ref() == 0) {
             self.wrong(at, key("lease_share"), "at least 1: the whole burst");
         }
         let leased = table.mode == file::RedisMode::Leased;
         if let Some(at) = table.lease_share.as_ref().filter(|_| !leased) {
-            self.wrong(at, key("lease_share"), "it is for mode = \"leased\"");
+            self.hint(at, key("lease_share"), "it is for mode = \"leased\"");
         }
         if let Some(at) = table.lease_idle.as_ref().filter(|_| !leased) {
-            self.wrong(at, key("lease_idle"), "it is for mode = \"leased\"");
+            self.hint(at, key("lease_idle"), "it is for mode = \"leased\"");
         }
         let memory = limits.memory.as_ref().map_or(64 << 20, |m| usize::try_from(m.get_ref().0).unwrap_or(usize::MAX));
         let settings = fleet::Settings {
@@ -721,7 +735,7 @@ impl<'a> Resolver<'a> {
             password,
             prefix: prefix.to_owned(),
             partition_by_provider: table.partition == file::Partition::Provider,
-            timeout: table.timeout.0,
+            timeout: table.timeout.get_ref().0,
             connections: table.connections.as_ref().map_or(2, |n| *n.get_ref()),
             mode: match leased {
                 false => fleet::Mode::Strict,
@@ -730,8 +744,8 @@ impl<'a> Resolver<'a> {
                     idle: table.lease_idle.as_ref().map_or(Duration::from_secs(1), |idle| idle.get_ref().0),
                 },
             },
-            // What a node remembers of a key takes some 128 octets: as much room as the memory it falls back to.
-            keys: memory / 128,
+            // What a node remembers of a key takes 200 octets or so: less room than the memory it falls back to.
+            keys: memory / 512,
         };
         Some((settings, secret))
     }

@@ -2,7 +2,7 @@
 
 use super::stream::Connection;
 use super::{Shared, door, forward};
-use crate::admission::{Admission, Owing, Subject, Tickets};
+use crate::admission::{Admission, Owing, Subject, Tally, Tickets};
 use crate::dialect::Endpoint;
 use crate::privacypass::Reservation;
 use crate::problem::Refusal;
@@ -122,9 +122,9 @@ impl RequestContext {
     }
 
     /// Limits have let it pass.
-    pub(super) fn admitted(&mut self, admission: &Arc<Admission>, subject: &Subject<'_>) {
+    pub(super) fn admitted(&mut self, admission: &Arc<Admission>, subject: &Subject<'_>, tally: &Tally) {
         if self.owes {
-            let owing = admission.owing(subject);
+            let owing = admission.owing(subject, tally);
             self.owing = Some(owing).filter(|owing| !owing.is_empty()).map(|owing| (admission.clone(), owing));
         }
     }

@@ -92,6 +92,7 @@ impl Gateway {
                 target: None,
                 cost: 1,
                 octets: 0,
+                at: Instant::now(),
             };
             let admitted = self.limits_and_token(session, ctx, &subject).await;
             ctx.provider = provider;
@@ -171,6 +172,7 @@ impl Gateway {
             target: envelope.target,
             cost: envelope.cost,
             octets: u32::try_from(ctx.charged).unwrap_or(u32::MAX),
+            at: Instant::now(),
         };
         let admitted = self.limits_and_token(session, ctx, &subject).await;
         ctx.provider = provider;
@@ -201,7 +203,7 @@ impl Gateway {
         let missing = match first {
             Verdict::Pass { .. } if !required => {
                 admission.account(&tally);
-                ctx.admitted(admission, subject);
+                ctx.admitted(admission, subject, &tally);
                 return Ok(());
             }
             Verdict::Refuse { violated, token_helps: false } => {
@@ -218,6 +220,7 @@ impl Gateway {
         // To verify a token is dear, and one that fails is charged to no limit: who brings many has a limit for that.
         let tries = privacypass::has_credential(headers);
         if tries && let Err(violated) = admission.token_attempt(subject.ip, false) {
+            admission.account(&tally);
             return Err(limited(vec![violated]));
         }
         let redeemed = redeem();
@@ -231,14 +234,18 @@ impl Gateway {
                 admission.account(&tally);
                 return Err(Refusal::Limited { violated, challenge });
             }
-            (Err(other), _) => return Err(other),
+            (Err(other), _) => {
+                admission.account(&tally);
+                return Err(other);
+            }
         };
         let (second, tally) = admission.decide(subject, true, true).await;
         admission.account(&tally);
         match second {
-            Verdict::Pass { .. } => {
-                ctx.token = Some(token);
-                ctx.admitted(admission, subject);
+            Verdict::Pass { topped_up } => {
+                // One that was not needed after all is not spent.
+                ctx.token = Some(token).filter(|_| topped_up || required);
+                ctx.admitted(admission, subject, &tally);
                 Ok(())
             }
             Verdict::Refuse { violated, .. } => Err(limited(violated)),
@@ -255,6 +262,8 @@ impl Gateway {
             _ => vec![],
         };
         ctx.decision = Decision::Refused;
+        // It is under way no more, however long its sender takes to read this.
+        ctx.tickets.clear();
         ctx.refused = Some((status, refusal.reason(), limits));
         let document = Bytes::from(refusal.document());
         let mut response = ResponseHeader::build(status, Some(8))?;

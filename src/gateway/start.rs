@@ -37,7 +37,7 @@ pub enum StartError {
     /// An address cannot be listened at.
     #[error("{0}: {1}")]
     Listen(std::net::SocketAddr, std::io::Error),
-    /// The store of limits cannot be begun with, or signals cannot be listened for.
+    /// There is no memory for limits, their store cannot be begun with, or signals cannot be listened for.
     #[error("{0}: {1}")]
     Io(&'static str, std::io::Error),
     /// The system gives no randomness.
@@ -93,6 +93,7 @@ fn server(config: Config) -> std::result::Result<(Server, Arc<Shared>), StartErr
     let counters = metrics.limits(&config.policy);
     metrics.generation.set(1);
     let memory = Memory::new(config.limit_memory, metrics.limits_overflowed.clone());
+    let memory = memory.map_err(|e| StartError::Io("limits.memory", e))?;
     let (fleet, secret) = match config.limit_store {
         Some((settings, secret)) => {
             let fleet = Fleet::start(settings, metrics.store()?).map_err(|e| StartError::Io("limits.redis", e))?;

@@ -31,15 +31,19 @@ pub enum TooMany {
 const FRACTION: u32 = 16;
 
 impl Gcra {
-    /// `rate` cells in `period`, `burst` at once; a cell takes whole nanoseconds, rounded down. None where a cell would take
+    /// `rate` cells in `period`, `burst` at once; a cell takes whole nanoseconds, rounded down, as governor has it, if it takes a
+    /// microsecond or more, and parts of one below. None where a cell would take
     /// no time, there is no burst, or a burst takes more than a century to come back: beyond that the clock's 64 bits would
     /// saturate, and a saturated limit is none.
     pub fn new(rate: u32, period: Duration, burst: u32) -> Option<Self> {
         let cell = period.as_nanos().checked_div(u128::from(rate)).filter(|cell| *cell > 0)?;
+        if cell < 1000 {
+            return Self::of_octets(u64::from(rate), period, burst);
+        }
         Self::of_cell(cell.checked_shl(FRACTION)?, burst)
     }
 
-    /// As [`Gcra::new`], of cells that are octets: up to 65,536 of them in a nanosecond.
+    /// As [`Gcra::new`], of cells that are octets, which take parts of a nanosecond: up to 65,536 of them in one.
     pub fn of_octets(rate: u64, period: Duration, burst: u32) -> Option<Self> {
         let cell = period.as_nanos().checked_shl(FRACTION)?.checked_div(u128::from(rate)).filter(|cell| *cell > 0)?;
         Self::of_cell(cell, burst)
@@ -67,6 +71,11 @@ impl Gcra {
     pub fn increment(&self, cost: u32) -> u64 {
         let parts = u128::from(self.cell) * u128::from(cost) + ((1 << FRACTION) - 1);
         u64::try_from(parts >> FRACTION).unwrap_or(u64::MAX)
+    }
+
+    /// Nanoseconds that a cell takes to come back, with their fraction.
+    pub fn cell(&self) -> f64 {
+        self.cell as f64 / f64::from(1 << FRACTION)
     }
 
     /// Cells a key has, if `cost` of them are to be had in `wait`.

@@ -46,15 +46,13 @@ impl InFlight {
         self.0.get(key.0 as usize % SHARDS)
     }
 
-    /// One more.
-    pub fn enter(&self, key: Key) -> Ticket {
-        let count = self.shard(key).map_or(0, |shard| {
-            let mut counts = shard.lock();
-            let count = counts.entry(key).or_insert(0);
-            *count = count.saturating_add(1);
-            *count
-        });
-        Ticket { counts: self.clone(), key, count }
+    /// One more, if there are no more than `most` with it.
+    pub fn enter(&self, key: Key, most: u32) -> Option<Ticket> {
+        let mut counts = self.shard(key)?.lock();
+        let count = counts.get(&key).copied().unwrap_or(0).checked_add(1).filter(|count| *count <= most)?;
+        counts.insert(key, count);
+        drop(counts);
+        Some(Ticket { counts: self.clone(), key, count })
     }
 
     /// How many keys have any.
@@ -84,10 +82,11 @@ mod tests {
     #[test]
     fn counts_end_with_their_tickets() {
         let counts = InFlight::default();
-        let (a, b) = (counts.enter(Key(1)), counts.enter(Key(1)));
+        let (a, b) = (counts.enter(Key(1), 2).unwrap(), counts.enter(Key(1), 2).unwrap());
         assert_eq!((a.count, b.count, counts.keys()), (1, 2, 1));
+        assert!(counts.enter(Key(1), 2).is_none());
         drop(a);
-        assert_eq!(counts.enter(Key(1)).count, 2);
+        assert_eq!(counts.enter(Key(1), 2).unwrap().count, 2);
         drop(b);
         assert_eq!(counts.keys(), 0, "nothing is kept of who has nothing under way");
     }

@@ -15,11 +15,12 @@
 use super::gcra::{Gcra, TooMany};
 use super::locks::{Locks, ParkingLot};
 use super::{Ask, Check, Key, Outcome, Outcomes};
+use memmap2::MmapMut;
 use smallvec::SmallVec;
 use std::collections::HashMap;
 
-/// Eight octets of which a bucket is made.
-type Word = u64;
+/// Eight octets, as the table has them.
+type Word = [u8; 8];
 
 /// Words of a place: the hash (two halves) and the theoretical arrival time; a time of 0 has always passed.
 const PLACE: usize = 3;
@@ -38,14 +39,22 @@ type Bucket = [Word; BUCKET];
 /// Shards of a store; one of a small budget has fewer.
 const SHARDS: usize = 1024;
 
+/// What the system gives memory in: a shard is some of these.
+const PAGE: usize = 4096;
+
+/// Octets that a shard has, or more, if there is more than one: of few buckets, some would be full long before all are.
+const SHARD: usize = 64 * PAGE;
+
 /// Nanoseconds for which a shard that was found full is taken to be so.
 const FULL_FOR: u64 = 1_000_000;
 
 /// The buckets behind one lock.
 struct Shard {
-    words: Box<[Word]>,
-    /// Words before the first bucket: a bucket begins with a cache line.
-    offset: usize,
+    /// Whole pages, so that a bucket begins with a cache line. Zeroed memory is free places.
+    table: MmapMut,
+    /// The latest time that was decided at. A clock is read before the locks are had: who comes late decides at the time of
+    /// who came before, lest an entry that one took to have passed be live to the next.
+    seen: u64,
     /// Until when no room is looked for among others' places, because none was found.
     full_until: u64,
 }
@@ -66,99 +75,122 @@ impl<L: Locks> std::fmt::Debug for Memory<L> {
     }
 }
 
-/// Where the state of a key is, or may be put: a shard among those held, a bucket in it, a word in that.
+/// Where a key belongs: a shard among those held, and its two buckets there.
+#[derive(Debug, Clone, Copy)]
+struct Spot {
+    held: usize,
+    first: usize,
+    second: usize,
+    words: (u64, u64),
+}
+
+/// Where the state of a key is, or may be put: a bucket, and a word in that.
 #[derive(Debug, Clone, Copy)]
 enum Slot {
-    Place { held: usize, bucket: usize, at: usize },
+    Place { bucket: usize, at: usize },
     Overflow,
 }
 
-type Guards<'a, L> = SmallVec<[(usize, <L as Locks>::Guard<'a, Shard>); 8]>;
+type Guards<'a, L> = SmallVec<[<L as Locks>::Guard<'a, Shard>; 8]>;
 
-/// Two halves of a key.
-#[inline]
-fn halves(key: Key) -> (Word, Word) {
-    ((key.0 >> 64) as u64, key.0 as u64)
-}
+/// Where the keys of a request belong, in their order.
+type Spots = SmallVec<[Spot; 12]>;
 
 // === impl Shard ===
 
 impl Shard {
-    /// Free buckets. Zeroed memory is free places: the system gives it page by page, as it is used.
-    fn new(buckets: usize) -> Self {
-        let words = vec![0; (buckets + 1) * BUCKET].into_boxed_slice();
-        let offset = words.as_ptr().align_offset(size_of::<Bucket>()).min(BUCKET);
-        Self { words, offset, full_until: 0 }
+    /// Free buckets. The system gives their memory page by page, as it is used.
+    fn new(octets: usize) -> std::io::Result<Self> {
+        Ok(Self { table: MmapMut::map_anon(octets)?, seen: 0, full_until: 0 })
     }
 
     #[inline]
     fn bucket(&self, bucket: usize) -> Option<&Bucket> {
-        self.words.get(self.offset..)?.as_chunks::<BUCKET>().0.get(bucket)
+        self.table.as_chunks().0.as_chunks().0.get(bucket)
     }
 
     #[inline]
     fn bucket_mut(&mut self, bucket: usize) -> Option<&mut Bucket> {
-        self.words.get_mut(self.offset..)?.as_chunks_mut::<BUCKET>().0.get_mut(bucket)
+        self.table.as_chunks_mut().0.as_chunks_mut().0.get_mut(bucket)
     }
 
     /// Puts a key into a place of `bucket`, which is `first` of its buckets or the other.
     #[inline]
-    fn put(&mut self, first: usize, bucket: usize, at: usize, (high, low): (Word, Word), tat: u64) {
+    fn put(&mut self, first: usize, bucket: usize, at: usize, (high, low): (u64, u64), tat: u64) {
         if let Some([a, b, time]) = self.bucket_mut(bucket).and_then(|b| b.get_mut(at..at + PLACE)) {
-            (*a, *b, *time) = (high, low, tat);
+            (*a, *b, *time) = (high.to_ne_bytes(), low.to_ne_bytes(), tat.to_ne_bytes());
         }
         if bucket != first
-            && let Some(spilled) = self.bucket_mut(first).map(|b| &mut b[SPILLED])
+            && let Some(bucket) = self.bucket_mut(first)
         {
-            *spilled = tat.max(*spilled);
+            bucket[SPILLED] = tat.max(number(bucket[SPILLED])).to_ne_bytes();
         }
     }
 }
 
-/// The word at which a live entry of a key begins, and its time.
 #[inline]
-fn live(bucket: &Bucket, (high, low): (Word, Word), now: u64) -> Option<(usize, u64)> {
-    let (places, _) = bucket.as_chunks::<PLACE>();
-    let found = places.iter().position(|[a, b, tat]| *a == high && *b == low && *tat > now)?;
-    Some((found * PLACE, places.get(found)?[2]))
+fn number(word: Word) -> u64 {
+    u64::from_ne_bytes(word)
+}
+
+/// What a bucket holds, a bit for each place.
+#[derive(Clone, Copy)]
+struct Scan {
+    /// A live entry of the key.
+    live: u32,
+    /// No entry, or one whose time has passed.
+    free: u32,
+}
+
+/// Looks through a bucket. All places alike: where the entry is nobody can foretell, and a branch that the processor guesses
+/// wrong costs more than to look at the rest.
+#[inline]
+fn scan(bucket: &Bucket, (high, low): (u64, u64), now: u64) -> Scan {
+    let mut scan = Scan { live: 0, free: 0 };
+    for (place, [a, b, tat]) in bucket.as_chunks::<PLACE>().0.iter().enumerate() {
+        let free = u32::from(number(*tat) <= now);
+        let same = u32::from((number(*a) ^ high) | (number(*b) ^ low) == 0);
+        scan.free |= free << place;
+        scan.live |= (same & !free) << place;
+    }
+    scan
+}
+
+/// The word at which the first of some places begins.
+#[inline]
+fn at(places: u32) -> Option<usize> {
+    (places != 0).then(|| places.trailing_zeros() as usize * PLACE)
 }
 
 /// The word at which the first free place begins.
-#[inline]
 fn free(bucket: &Bucket, now: u64) -> Option<usize> {
-    let (places, _) = bucket.as_chunks::<PLACE>();
-    places.iter().position(|[_, _, tat]| *tat <= now).map(|place| place * PLACE)
-}
-
-/// How many places are free.
-#[inline]
-fn count_free(bucket: &Bucket, now: u64) -> usize {
-    bucket.as_chunks::<PLACE>().0.iter().filter(|[_, _, tat]| *tat <= now).count()
+    at(scan(bucket, (0, 0), now).free)
 }
 
 // === impl Memory ===
 
 impl Memory {
-    /// A table of at most `budget` octets. `overflowed` counts decisions that fell to an overflow bucket.
-    pub fn new(budget: usize, overflowed: prometheus::IntCounter) -> Self {
+    /// A table of at most `budget` octets, or the least there is. `overflowed` counts decisions that fell to an overflow bucket.
+    ///
+    /// # Errors
+    /// The system does not give so much memory.
+    pub fn new(budget: usize, overflowed: prometheus::IntCounter) -> std::io::Result<Self> {
         Self::with_locks(budget, SHARDS, overflowed)
     }
 }
 
 impl<L: Locks> Memory<L> {
     /// As [`Memory::new`], with other locks, and `shards` of them at most.
-    pub fn with_locks(budget: usize, shards: usize, overflowed: prometheus::IntCounter) -> Self {
-        // Of few buckets, some shards would be full long before all are.
-        let shards = shards.min(budget / (256 * size_of::<Bucket>())).max(1);
-        let room = (budget / shards).saturating_sub(size_of::<L::Mutex<Shard>>()) / size_of::<Bucket>();
-        // A shard has a bucket's room more than buckets, to begin with a cache line.
-        let buckets = room.saturating_sub(1).max(1);
-        Self {
-            shards: (0..shards).map(|_| L::mutex(Shard::new(buckets))).collect(),
-            overflow: L::mutex(HashMap::new()),
-            buckets,
-            overflowed,
-        }
+    ///
+    /// # Errors
+    /// The system does not give so much memory.
+    pub fn with_locks(budget: usize, shards: usize, overflowed: prometheus::IntCounter) -> std::io::Result<Self> {
+        let shards = shards.min(budget / SHARD).max(1);
+        let pages = budget.saturating_sub(shards * size_of::<L::Mutex<Shard>>()) / PAGE;
+        let octets = (pages / shards).max(1) * PAGE;
+        let shards: std::io::Result<_> = (0..shards).map(|_| Ok(L::mutex(Shard::new(octets)?))).collect();
+        let buckets = octets / size_of::<Bucket>();
+        Ok(Self { shards: shards?, overflow: L::mutex(HashMap::new()), buckets, overflowed })
     }
 
     /// How many keys have room.
@@ -168,7 +200,7 @@ impl<L: Locks> Memory<L> {
 
     /// Octets the table takes, all told.
     pub fn octets(&self) -> usize {
-        self.shards.len() * ((self.buckets + 1) * size_of::<Bucket>() + size_of::<L::Mutex<Shard>>())
+        self.shards.len() * (self.buckets * size_of::<Bucket>() + size_of::<L::Mutex<Shard>>())
     }
 
     #[inline]
@@ -178,48 +210,72 @@ impl<L: Locks> Memory<L> {
 
     /// The two buckets a key may be in. They come from other bits than the shard, and say nothing of each other.
     #[inline]
-    fn buckets_of(&self, (high, low): (Word, Word)) -> (usize, usize) {
+    fn buckets_of(&self, (high, low): (u64, u64)) -> (usize, usize) {
         let scale = |bits: u64| ((u128::from(bits) * self.buckets as u128) >> 64) as usize;
         let (first, second) = (scale(high), scale(low));
         if first == second { (first, (first + 1) % self.buckets) } else { (first, second) }
     }
 
-    fn lock(&self, keys: impl Iterator<Item = Key>) -> Guards<'_, L> {
-        let mut wanted: SmallVec<[usize; 24]> = keys.map(|key| self.shard_of(key)).collect();
+    /// Locks the shards of all keys, in ascending order, and has their first buckets fetched from memory at one time: one after
+    /// another they would take as long each. Returns the time to decide at, too.
+    #[inline]
+    fn lock(&self, now: u64, keys: impl Iterator<Item = Key>) -> (Guards<'_, L>, Spots, u64) {
+        let mut wanted: SmallVec<[usize; 12]> = SmallVec::new();
+        let mut spots: Spots = keys
+            .map(|key| {
+                let words = ((key.0 >> 64) as u64, key.0 as u64);
+                let (first, second) = self.buckets_of(words);
+                let shard = self.shard_of(key);
+                wanted.push(shard);
+                Spot { held: shard, first, second, words }
+            })
+            .collect();
         wanted.sort_unstable();
         wanted.dedup();
-        wanted.into_iter().filter_map(|i| Some((i, L::lock(self.shards.get(i)?)))).collect()
+        let mut guards: Guards<'_, L> = wanted.iter().filter_map(|i| Some(L::lock(self.shards.get(*i)?))).collect();
+        let mut fetched = 0;
+        for spot in &mut spots {
+            spot.held = wanted.iter().position(|shard| *shard == spot.held).unwrap_or(usize::MAX);
+            let bucket = guards.get(spot.held).and_then(|shard| shard.bucket(spot.first));
+            fetched ^= bucket.map_or(0, |words| words[0][0] ^ words[BUCKET / 2][0]);
+        }
+        std::hint::black_box(fetched);
+        let now = guards.iter().fold(now, |now, shard| now.max(shard.seen));
+        guards.iter_mut().for_each(|shard| shard.seen = now);
+        (guards, spots, now)
     }
 
-    /// The place of `key` and its theoretical arrival time, 0 if it has none.
+    /// The place of a key and its theoretical arrival time, 0 if it has none.
     #[inline]
-    fn find(&self, guards: &mut Guards<'_, L>, key: Key, now: u64) -> (Slot, u64) {
-        let words = halves(key);
-        let index = self.shard_of(key);
-        let Some(held) = guards.iter().position(|(i, _)| *i == index) else { return (Slot::Overflow, 0) };
-        let Some((_, shard)) = guards.get_mut(held) else { return (Slot::Overflow, 0) };
-        let (first, second) = self.buckets_of(words);
+    fn find(&self, guards: &mut Guards<'_, L>, spot: &Spot, now: u64) -> (Slot, u64) {
+        let Spot { first, second, words, .. } = *spot;
+        let Some(shard) = guards.get_mut(spot.held) else { return (Slot::Overflow, 0) };
         let Some(bucket) = shard.bucket(first) else { return (Slot::Overflow, 0) };
-        if let Some((at, tat)) = live(bucket, words, now) {
-            return (Slot::Place { held, bucket: first, at }, tat);
+        let time = |bucket: &Bucket, at: usize| bucket.get(at + 2).map_or(0, |tat| number(*tat));
+        let mine = scan(bucket, words, now);
+        if let Some(at) = at(mine.live) {
+            return (Slot::Place { bucket: first, at }, time(bucket, at));
         }
-        let mut room = free(bucket, now).map(|at| (first, at));
-        let spilled = bucket[SPILLED] > now;
-        if !spilled && room.is_some() && (count_free(bucket, now) > 1 || first == second) {
-            let Some((bucket, at)) = room else { return (Slot::Overflow, 0) };
-            return (Slot::Place { held, bucket, at }, 0);
+        let spilled = number(bucket[SPILLED]) > now;
+        let mut room = at(mine.free).map(|at| (first, at));
+        if !spilled
+            && mine.free.count_ones() > 1
+            && let Some((bucket, at)) = room
+        {
+            return (Slot::Place { bucket, at }, 0);
         }
         if let Some(bucket) = shard.bucket(second) {
-            if spilled && let Some((at, tat)) = live(bucket, words, now) {
-                return (Slot::Place { held, bucket: second, at }, tat);
+            let other = scan(bucket, words, now);
+            if spilled && let Some(at) = at(other.live) {
+                return (Slot::Place { bucket: second, at }, time(bucket, at));
             }
             // The last place of a bucket is for keys that have no other.
-            if count_free(bucket, now) > usize::from(room.is_some()) {
-                room = free(bucket, now).map(|at| (second, at));
+            if other.free.count_ones() > u32::from(room.is_some()) {
+                room = at(other.free).map(|at| (second, at));
             }
         }
         match room.or_else(|| self.make_room(shard, [first, second], now)) {
-            Some((bucket, at)) => (Slot::Place { held, bucket, at }, 0),
+            Some((bucket, at)) => (Slot::Place { bucket, at }, 0),
             None => (Slot::Overflow, 0),
         }
     }
@@ -256,7 +312,7 @@ impl<L: Locks> Memory<L> {
     /// Of a key in a place: the bucket it belongs to first, and the one of its two that it is not in.
     fn other_bucket(&self, shard: &Shard, from: usize, at: usize) -> Option<(usize, usize)> {
         let [high, low] = *shard.bucket(from)?.get(at..)?.first_chunk()?;
-        let (first, second) = self.buckets_of((high, low));
+        let (first, second) = self.buckets_of((number(high), number(low)));
         Some((first, if first == from { second } else { first }))
     }
 
@@ -267,17 +323,17 @@ impl<L: Locks> Memory<L> {
             return false;
         };
         let Some(&[high, low, tat]) = shard.bucket(from).and_then(|b| b.get(at..)?.first_chunk()) else { return false };
-        shard.put(first, to, free, (high, low), tat);
+        shard.put(first, to, free, (number(high), number(low)), number(tat));
         // Not in two places at any time that anyone sees: the shard is locked.
         shard.put(from, from, at, (0, 0), 0);
         true
     }
 
-    fn set(&self, guards: &mut Guards<'_, L>, slot: Slot, key: Key, tat: u64) {
-        let Slot::Place { held, bucket, at } = slot else { return };
-        if let Some((_, shard)) = guards.get_mut(held) {
-            let words = halves(key);
-            shard.put(self.buckets_of(words).0, bucket, at, words, tat);
+    #[inline]
+    fn set(guards: &mut Guards<'_, L>, spot: &Spot, slot: Slot, tat: u64) {
+        let Slot::Place { bucket, at } = slot else { return };
+        if let Some(shard) = guards.get_mut(spot.held) {
+            shard.put(spot.first, bucket, at, spot.words, tat);
         }
     }
 
@@ -286,34 +342,36 @@ impl<L: Locks> Memory<L> {
     /// enforced ones do.
     pub fn decide(&self, now: u64, ask: &Ask<'_>, outcomes: &mut Outcomes) -> bool {
         outcomes.clear();
-        let mut guards = self.lock(ask.keys());
+        let (mut guards, spots, now) = self.lock(now, ask.keys());
+        let (first_spots, second_spots) = spots.split_at(ask.checks.len().min(spots.len()));
         let mut overflow: Option<L::Guard<'_, HashMap<Key, u64>>> = None;
         // What is charged is written at once and taken back if a later limit refuses: two keys of one request that find
         // the same free place must not both be put there. By key, for a later one may make an earlier one move.
-        let mut charged: SmallVec<[(bool, Key, u64); 12]> = SmallVec::new();
+        let mut charged: SmallVec<[(Charged<'_>, u64); 12]> = SmallVec::new();
         let mut pass = true;
 
-        for check in ask.checks {
-            let mut take = |key: Key, gcra: &Gcra, bucket: Key| -> Result<(), TooMany> {
-                let (slot, mut tat) = self.find(&mut guards, key, now);
+        for (check, spot) in ask.checks.iter().zip(first_spots) {
+            let mut take = |spot, gcra: &Gcra, bucket: Key| -> Result<(), TooMany> {
+                let (slot, mut tat) = self.find(&mut guards, spot, now);
                 if let Slot::Overflow = slot {
                     self.overflowed.inc();
                     let times = overflow.get_or_insert_with(|| L::lock(&self.overflow));
                     tat = times.get(&bucket).copied().unwrap_or(0);
                     let new = gcra.take(tat, now, check.cost)?;
                     remember(times, bucket, new, now);
-                    charged.push((true, bucket, tat));
+                    charged.push((Charged::Overflow(bucket), tat));
                 } else {
                     let new = gcra.take(tat, now, check.cost)?;
-                    self.set(&mut guards, slot, key, new);
-                    charged.push((false, key, tat));
+                    Self::set(&mut guards, spot, slot, new);
+                    charged.push((Charged::Key(spot), tat));
                 }
                 Ok(())
             };
-            let outcome = match take(check.key, &check.gcra, check.overflow) {
+            let outcome = match take(spot, &check.gcra, check.overflow) {
                 Ok(()) => Outcome::Allowed,
                 Err(refusal) => {
-                    let topped_up = ask.second(check).is_some_and(|t| take(t.key, &t.gcra, t.overflow).is_ok());
+                    let second = ask.second(check).zip(check.top_up.and_then(|at| second_spots.get(usize::from(at))));
+                    let topped_up = second.is_some_and(|(t, spot)| take(spot, &t.gcra, t.overflow).is_ok());
                     match refusal {
                         _ if topped_up => Outcome::ToppedUp,
                         TooMany::Wait(wait) => Outcome::Refused(Some(wait)),
@@ -321,18 +379,21 @@ impl<L: Locks> Memory<L> {
                     }
                 }
             };
-            pass &= !check.enforce || !matches!(outcome, Outcome::Refused(_));
+            pass &= !check.enforce || outcome.passes();
             outcomes.push(outcome);
         }
 
         if !(ask.charge && pass) {
-            for (overflowed, key, before) in charged.into_iter().rev() {
-                if overflowed {
-                    overflow.as_mut().map(|times| times.insert(key, before));
-                } else if let (slot @ Slot::Place { .. }, tat) = self.find(&mut guards, key, now)
-                    && tat > now
-                {
-                    self.set(&mut guards, slot, key, before);
+            for (what, before) in charged.into_iter().rev() {
+                match what {
+                    Charged::Overflow(bucket) => {
+                        overflow.as_mut().map(|times| times.insert(bucket, before));
+                    }
+                    Charged::Key(spot) => {
+                        if let (slot @ Slot::Place { .. }, 1..) = self.find(&mut guards, spot, now) {
+                            Self::set(&mut guards, spot, slot, before);
+                        }
+                    }
                 }
             }
         }
@@ -341,11 +402,11 @@ impl<L: Locks> Memory<L> {
 
     /// Charges what has been used already, whether or not there is so much.
     pub fn charge(&self, now: u64, checks: &[Check]) {
-        let mut guards = self.lock(checks.iter().map(|check| check.key));
-        for check in checks {
-            match self.find(&mut guards, check.key, now) {
+        let (mut guards, spots, now) = self.lock(now, checks.iter().map(|check| check.key));
+        for (check, spot) in checks.iter().zip(&spots) {
+            match self.find(&mut guards, spot, now) {
                 (slot @ Slot::Place { .. }, tat) => {
-                    self.set(&mut guards, slot, check.key, check.gcra.charge(tat, now, check.cost));
+                    Self::set(&mut guards, spot, slot, check.gcra.charge(tat, now, check.cost));
                 }
                 (Slot::Overflow, _) => {
                     self.overflowed.inc();
@@ -356,6 +417,12 @@ impl<L: Locks> Memory<L> {
             }
         }
     }
+}
+
+/// What a decision has written.
+enum Charged<'a> {
+    Key(&'a Spot),
+    Overflow(Key),
 }
 
 /// Notes the time of an overflow bucket. There is one for each limit and rate; those of limits that a reload took away go

@@ -7,7 +7,7 @@ use std::time::Duration;
 const SECOND: u64 = 1_000_000_000;
 
 fn store(budget: usize) -> Memory {
-    Memory::new(budget, prometheus::IntCounter::new("overflowed", "overflowed").unwrap())
+    Memory::new(budget, prometheus::IntCounter::new("overflowed", "overflowed").unwrap()).unwrap()
 }
 
 /// What a hash makes of a number: keys are spread (splitmix64, twice).
@@ -144,9 +144,9 @@ fn a_flood_grows_nothing_and_resets_nobody() {
     assert_eq!(store.overflowed.get() as usize, capacity * 20 - let_in + 3);
     assert_eq!(store.octets(), octets);
     // Not late: the third cell is theirs. Not early: the fourth comes when it would have come.
+    assert!(known.iter().all(|one| ask(&store, now, &[*one]).0), "late");
     for (i, one) in known.iter().enumerate() {
         let at = SECOND + i as u64 * 1000;
-        assert!(ask(&store, now, &[*one]).0, "late");
         assert!(!ask(&store, at + SECOND - 1, &[*one]).0, "early");
         assert!(ask(&store, at + SECOND, &[*one]).0, "late");
     }
@@ -174,6 +174,23 @@ fn threads_on_one_key_admit_exactly_the_burst() {
     assert_eq!(admitted, 700);
     let rest = |one: Check| (0..2000).filter(|_| ask(&store, SECOND, &[one]).0).count();
     assert_eq!((rest(checks[0]), rest(checks[2])), (300, 200), "the refused ones were charged nowhere");
+}
+
+#[test]
+fn who_comes_late_forgives_nothing() {
+    // Pairs of threads read the clock, and get the locks in the other order.
+    let store = Memory::<ParkingLot>::with_locks(4096, 1, prometheus::IntCounter::new("o", "o").unwrap()).unwrap();
+    let keys: Vec<_> = (0..120).map(|n| check(n, 2)).collect();
+    for round in 1..50 {
+        let at = round * 5 * SECOND;
+        for one in &keys {
+            assert!(ask(&store, at, &[*one]).0 && ask(&store, at, &[*one]).0);
+            // Both cells are taken, whatever time it was when this one looked at the clock.
+            for early in [0, 1, SECOND, 2 * SECOND, 4 * SECOND] {
+                assert!(!ask(&store, at - early, &[*one]).0);
+            }
+        }
+    }
 }
 
 // === The model: a map without bound, one request after another ===
@@ -228,7 +245,7 @@ proptest! {
     ) {
         // Room for some hundreds of keys in a single shard: they meet, move, and free each other's places.
         let store = Memory::<ParkingLot>::with_locks(
-            16 << 10, 1, prometheus::IntCounter::new("o", "o").unwrap());
+            16 << 10, 1, prometheus::IntCounter::new("o", "o").unwrap()).unwrap();
         let mut model = Model::default();
         let mut now = 1;
         for (pause, checks, charge) in requests {
@@ -282,11 +299,14 @@ fn has_an_order(model: &Model, now: u64, threads: &[&[(Vec<Check>, (bool, Vec<Ou
 fn under_any_schedule_there_is_an_order_that_explains_all_answers() {
     let run = || {
         // Requests that share keys in different orders, in two shards; with a refusal that takes back what it took.
-        let store = Arc::new(Memory::<Shuttle>::with_locks(
-            16 << 10,
-            2,
-            prometheus::IntCounter::new("overflowed", "overflowed").unwrap(),
-        ));
+        let store = Arc::new(
+            Memory::<Shuttle>::with_locks(
+                16 << 10,
+                2,
+                prometheus::IntCounter::new("overflowed", "overflowed").unwrap(),
+            )
+            .unwrap(),
+        );
         let (a, b, c) = (check(1, 2), check(2, 1), check(3, 2));
         let shadow = Check { enforce: false, ..b };
         let scripts = [vec![vec![a, b], vec![c, a]], vec![vec![b, a], vec![shadow, c]], vec![vec![c, b], vec![a]]];
@@ -310,11 +330,14 @@ fn under_any_schedule_there_is_an_order_that_explains_all_answers() {
 #[test]
 fn under_any_schedule_one_key_admits_its_burst() {
     let run = || {
-        let store = Arc::new(Memory::<Shuttle>::with_locks(
-            16 << 10,
-            1,
-            prometheus::IntCounter::new("overflowed", "overflowed").unwrap(),
-        ));
+        let store = Arc::new(
+            Memory::<Shuttle>::with_locks(
+                16 << 10,
+                1,
+                prometheus::IntCounter::new("overflowed", "overflowed").unwrap(),
+            )
+            .unwrap(),
+        );
         let threads: Vec<_> = (0..3)
             .map(|_| {
                 let store = store.clone();

@@ -16,6 +16,7 @@ use gcra::Gcra;
 use in_flight::InFlight;
 use memory::Memory;
 use smallvec::SmallVec;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A keyed 128-bit hash of a limit, its rate, and the attributes in its key.
@@ -106,7 +107,7 @@ pub type Outcomes = SmallVec<[Outcome; 12]>;
 /// Where the state of limits lives. It outlives the policy: a reload finds again what it does not change.
 #[derive(Debug)]
 pub struct Limiter {
-    memory: Memory,
+    memory: Arc<Memory>,
     in_flight: InFlight,
     fleet: Option<Fleet>,
     started: Instant,
@@ -153,40 +154,42 @@ fn all_pass(checks: &[Check], outcomes: &Outcomes) -> bool {
 impl Limiter {
     /// Limits in this node's memory; in a fleet's store if there is one, with the memory to fall back to.
     pub fn new(memory: Memory, fleet: Option<Fleet>) -> Self {
-        Self { memory, in_flight: InFlight::default(), fleet, started: Instant::now() }
+        Self { memory: Arc::new(memory), in_flight: InFlight::default(), fleet, started: Instant::now() }
     }
 
     /// Nanoseconds of this node's clock; never 0, which has always passed.
     #[inline]
-    fn now(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1)
+    fn clock(&self, at: Instant) -> u64 {
+        let since = at.saturating_duration_since(self.started);
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX).saturating_add(1)
     }
 
     /// Asks all checks of a request together. Charges them, if that is asked for and every enforced one lets the request
-    /// pass: those that do, and of the shadows those that would. Returns whether all enforced ones do.
-    pub async fn decide(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> (bool, Decided) {
+    /// pass: those that do, and of the shadows those that would. Returns whether all enforced ones do. `at` is when the
+    /// request first asked: it waits for a store no longer than its time-out after that, however often it asks.
+    pub async fn decide(&self, at: Instant, ask: &Ask<'_>, outcomes: &mut Outcomes) -> (bool, Decided) {
         match &self.fleet {
-            None => (self.memory.decide(self.now(), ask, outcomes), Decided::ByStore),
-            Some(fleet) => match fleet.decide(ask, outcomes).await {
+            None => (self.memory.decide(self.clock(at), ask, outcomes), Decided::ByStore),
+            Some(fleet) => match fleet.decide(at, ask, outcomes).await {
                 Ok(pass) => (pass, Decided::ByStore),
-                Err(fleet::Gone) => (self.decide_without_store(ask, outcomes), Decided::WithoutStore),
+                Err(fleet::Gone) => (self.decide_without_store(at, ask, outcomes), Decided::WithoutStore),
             },
         }
     }
 
     /// Asks this node's own memory, wherever limits are kept.
     pub fn decide_here(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> bool {
-        self.memory.decide(self.now(), ask, outcomes)
+        self.memory.decide(self.clock(Instant::now()), ask, outcomes)
     }
 
     #[cold]
-    fn decide_without_store(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> bool {
+    fn decide_without_store(&self, at: Instant, ask: &Ask<'_>, outcomes: &mut Outcomes) -> bool {
         let local: SmallVec<[Check; 12]> =
             ask.checks.iter().filter(|check| check.on_failure == OnFailure::Local).copied().collect();
         let closed = ask.checks.iter().any(|check| check.enforce && check.on_failure == OnFailure::Closed);
         let mut said = Outcomes::new();
         let here = Ask { checks: &local, charge: ask.charge && !closed, ..*ask };
-        self.memory.decide(self.now(), &here, &mut said);
+        self.memory.decide(self.clock(at), &here, &mut said);
         let mut said = said.into_iter();
         outcomes.clear();
         outcomes.extend(ask.checks.iter().map(|check| match check.on_failure {
@@ -199,9 +202,13 @@ impl Limiter {
 
     /// Charges what has been used already, whether or not there is so much. A fleet's store hears of it later.
     pub fn charge(&self, ask: &Ask<'_>) {
+        let now = self.clock(Instant::now());
         match &self.fleet {
-            Some(fleet) if fleet.is_up() => fleet.charge(ask),
-            _ => self.memory.charge(self.now(), ask.checks),
+            None => self.memory.charge(now, ask.checks),
+            Some(fleet) => {
+                let (memory, checks) = (self.memory.clone(), ask.checks.to_vec());
+                fleet.charge(ask, move || memory.charge(now, &checks));
+            }
         }
     }
 
@@ -223,7 +230,7 @@ mod tests {
     #[test]
     fn without_its_store_each_limit_does_as_it_says() {
         let overflowed = prometheus::IntCounter::new("o", "o").unwrap();
-        let limiter = Limiter::new(Memory::new(1 << 20, overflowed), None);
+        let limiter = Limiter::new(Memory::new(1 << 20, overflowed).unwrap(), None);
         let gcra = Gcra::new(1, Duration::from_secs(3600), 2).unwrap();
         let check = |n, on_failure| Check {
             key: Key(n),
@@ -236,7 +243,7 @@ mod tests {
         };
         let decide = |checks: &[Check]| {
             let mut outcomes = Outcomes::new();
-            let pass = limiter.decide_without_store(&Ask::of(checks), &mut outcomes);
+            let pass = limiter.decide_without_store(Instant::now(), &Ask::of(checks), &mut outcomes);
             (pass, outcomes.to_vec())
         };
         let (local, open) = (check(1, OnFailure::Local), check(2, OnFailure::Open));

@@ -48,6 +48,9 @@ fn the_shipped_configurations_are_good() {
     std::fs::write(pki.join("ds.b.example.key"), &identity.key_pem).unwrap();
     crate::support::tokens::Issuer::generate("issuer.example").write(&pki, "issuer.pub");
     std::fs::write(pki.join("privacy-pass.secret"), [7; 32]).unwrap();
+    std::fs::write(pki.join("limits.secret"), [8; 32]).unwrap();
+    std::fs::write(pki.join("redis.password"), "correct horse").unwrap();
+    ca().write(&pki, "redis-ca");
     for name in ["gateway.toml", "minimal.toml"] {
         let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("conf").join(name)).unwrap();
         let path = dir.path().join(name);
@@ -70,6 +73,85 @@ fn the_shipped_configurations_are_good() {
         let (ok, said) = check(&path);
         assert!(ok, "{said}");
     }
+}
+
+/// What `check` says of a configuration that is good.
+fn hints(more: &str) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("secret"), b"sixteen octets, or more").unwrap();
+    let address: SocketAddr = "127.0.0.1:1".parse().unwrap();
+    let admin: SocketAddr = "127.0.0.1:2".parse().unwrap();
+    let path = config(dir.path(), address, admin, &Setup::of_nodes(&[address]).with(more));
+    let (ok, said) = check(&path);
+    assert!(ok, "{said}");
+    said
+}
+
+#[test]
+fn hints_say_what_is_always_refused_and_what_is_never_asked() {
+    let limit = |more: &str| hints(&format!("[[limit]]\nname = \"l\"\nkey = [\"ip\"]\n{more}"));
+    let said = limit("endpoints = [\"group_key_packages\"]\nrate = \"10/s\"\nburst = 20");
+    assert!(said.contains("limit[0].burst: group_key_packages costs as much as it asks for at once; for more than this burst, 20, it is always refused (a hint)"), "{said}");
+    assert!(!limit("endpoints = [\"group_key_packages\"]\nrate = \"10/s\"\nburst = 2000").contains("hint"));
+    assert!(!limit("endpoints = [\"verification_key\"]\nrate = \"10/s\"\nburst = 1").contains("hint"));
+    let said = limit("endpoints = [\"group_operation\"]\nrate = \"1MiB/s\"\nburst = \"4MiB\"");
+    assert!(
+        said.contains("a body of group_operation may have 8388608 octets; of more than this burst, 4194304"),
+        "{said}"
+    );
+    let said = limit("endpoints = [\"verification_key\"]\nrate = \"1/s\"\nburst = 1\non_store_failure = \"closed\"");
+    assert!(said.contains("limit[0].on_store_failure: there is no [limits.redis]"), "{said}");
+    let said = limit(
+        "endpoints = [\"verification_key\"]\nrate = \"1/s\"\nburst = 1\n[limits.redis]\nnodes = [\"[::1]:6379\"]\nsecret_file = \
+         \"secret\"\npartition = \"provider\"\nlease_share = 4",
+    );
+    assert!(said.contains("limit[0].key: with limits.redis.partition = \"provider\" this counts each"), "{said}");
+    assert!(said.contains("limits.redis.lease_share: it is for mode = \"leased\" (a hint)"), "{said}");
+}
+
+#[test]
+fn limits_of_every_kind_say_what_is_wrong_with_them() {
+    let limit = |more: &str| said(|text| text + "\n[[limit]]\nname = \"l\"\nkey = [\"ip\"]\n" + more);
+    let redis = |more: &str| said(|text| text + "\n[limits.redis]\n" + more);
+    let at_end = |said: String, key: &str| assert!(said.contains(key), "{key} in {said}");
+    at_end(limit("rate = \"1/s\""), "limit[0].rate: a limit has a rate and a burst, or it has concurrent");
+    at_end(limit("rate = \"1/s\"\nburst = 1\nconcurrent = 1"), "limit[0].rate: a limit has a rate and a burst");
+    at_end(limit("concurrent = 0"), "limit[0].concurrent: no request could pass");
+    at_end(limit("concurrent = 1\ntoken = \"required\""), "limit[0].token: a token helps with rates");
+    at_end(limit("concurrent = 1\non_store_failure = \"open\""), "limit[0].on_store_failure: what is under way");
+    at_end(limit("rate = \"1MiB/s\"\nburst = 5"), "limit[0].burst: rate and burst count the same");
+    at_end(limit("rate = \"1/s\"\nburst = \"5MiB\""), "limit[0].burst: rate and burst count the same");
+    at_end(limit("rate = \"1MiB/s\"\nburst = \"5GiB\""), "a burst is less than 4GiB");
+    at_end(
+        limit("rate = \"1/s\"\nburst = 1\nexempt = [\"10.0.0.0/33\"]"),
+        "limit[0].exempt: \"10.0.0.0/33\" is no network",
+    );
+    let other = "\n[[limit.override]]\nprovider = \"a.example\"\n";
+    at_end(
+        limit(&format!("rate = \"1/s\"\nburst = 1{other}concurrent = 1")),
+        "limit[0].override[0].rate: this limit has",
+    );
+    at_end(limit(&format!("concurrent = 1{other}rate = \"1/s\"\nburst = 1")), "limit[0].override[0].concurrent");
+    at_end(
+        limit(&format!("rate = \"1/s\"\nburst = 1{other}rate = \"1MiB/s\"\nburst = \"1MiB\"")),
+        "override[0].rate: the limit counts",
+    );
+    at_end(redis("nodes = []\nsecret_file = \"ca.pem\""), "limits.redis.nodes: at least one is needed");
+    at_end(
+        redis("nodes = [\"localhost\"]\nsecret_file = \"ca.pem\""),
+        "limits.redis.nodes: \"localhost\" is no host:port",
+    );
+    at_end(redis("nodes = [\"localhost:1\"]"), "missing field `secret_file`");
+    at_end(redis("nodes = [\"localhost:1\"]\nsecret_file = \"nowhere\""), "limits.redis.secret_file: ");
+    at_end(
+        redis("nodes = [\"localhost:1\"]\nsecret_file = \"ca.pem\"\ntls_ca = \"server.key\""),
+        "limits.redis.tls_ca: ",
+    );
+    at_end(redis("nodes = [\"localhost:1\"]\nsecret_file = \"ca.pem\"\nprefix = \"{x}\""), "limits.redis.prefix: ");
+    at_end(
+        redis("nodes = [\"localhost:1\"]\nsecret_file = \"ca.pem\"\nconnections = 0"),
+        "limits.redis.connections: 1 to 16",
+    );
 }
 
 /// The line of the first error, and what is said.

@@ -246,6 +246,76 @@ async fn leased_limits_are_all_or_none_too() {
     assert_eq!(hammer(vec![gateway.peer(), gateway.peer()], b"h", 30).await.0, 10);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_given_back_another_node_may_have_though_it_was_refused() {
+    let (ds, redis) = (Ds::start().await, Redis::start().await);
+    let store = nodes(&[redis.addr()]) + "\nmode = \"leased\"\nlease_share = 2\nlease_idle = \"500ms\"";
+    let limits = limit("l", "1/h", 40, "");
+    let (one, two) = (gateway(&ds, &store, &limits).await, gateway(&ds, &store, &limits).await);
+    until_up(&one).await;
+    until_up(&two).await;
+    assert_eq!(hammer(vec![one.peer()], b"g", 1).await.0, 1);
+    assert_eq!(hammer(vec![two.peer()], b"g", 30).await.0, 20, "half of all, and then it is refused for an hour");
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(hammer(vec![two.peer()], b"g", 30).await.0, 19);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_given_back_and_wanted_in_one_call_is_charged_for_both() {
+    let redis = Redis::start().await;
+    let script = include_str!("../../src/limiter/fleet/lease.lua");
+    let lease = async |cells: &[&str]| {
+        let keys = vec!["moh:{limits}:k"; cells.len()];
+        let number = cells.len().to_string();
+        // A cell takes an hour to come back, the burst is forty.
+        let args = cells.iter().flat_map(|n| ["3600000000", "144000000000", *n, "1"]);
+        let all: Vec<&str> = ["EVAL", script, number.as_str()].into_iter().chain(keys).chain(args).collect();
+        let answer = redis.cli(&all).await;
+        answer.lines().step_by(2).map(|n| n.parse().unwrap()).collect::<Vec<i64>>()
+    };
+    assert_eq!(lease(&["20"]).await, [20]);
+    assert_eq!(lease(&["20", "-19"]).await, [20, -19]);
+    assert_eq!(lease(&["-1", "40"]).await, [-1, 20], "21 are out of 40, then 20, then all");
+    assert_eq!(lease(&["5"]).await, [0]);
+    assert_eq!(lease(&["-40", "40"]).await, [-40, 40]);
+    assert_eq!(lease(&["-40"]).await, [-40]);
+    assert_eq!(redis.cli(&["DBSIZE"]).await, "0", "what says nothing is not kept");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn octets_are_leased_to_the_last() {
+    let (ds, redis) = (Ds::start().await, Redis::start().await);
+    let store = nodes(&[redis.addr()]) + "\nmode = \"leased\"";
+    // An octet takes less than a nanosecond to come back.
+    let limits = "[[limit]]\nname = \"octets\"\nkey = [\"provider\"]\nrate = \"2GiB/s\"\nburst = \"64KiB\"\n";
+    let gateway = gateway(&ds, &store, limits).await;
+    until_up(&gateway).await;
+    for _ in 0..3 {
+        let mut body = message_in(b"g", 1);
+        body.resize(64 << 10, 7);
+        assert_eq!(gateway.peer().send(Method::POST, "/group_operation", body).await.unwrap().status, 200);
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    let mut body = message_in(b"g", 1);
+    body.resize((64 << 10) + 1, 7);
+    let refused = gateway.peer().send(Method::POST, "/group_operation", body).await.unwrap();
+    assert_eq!((refused.status.as_u16(), refused.header("retry-after")), (429, None));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_several_servers_the_first_that_takes_writes() {
+    let ds = Ds::start().await;
+    let (frozen, replica, good) = (Redis::start().await, Redis::start().await, Redis::start().await);
+    let port = good.addr().port().to_string();
+    assert_eq!(replica.cli(&["REPLICAOF", &good.addr().ip().to_string(), &port]).await, "OK");
+    frozen.stop();
+    let store = nodes(&[frozen.addr(), replica.addr(), good.addr()]);
+    let gateway = gateway(&ds, &store, &limit("l", "1/h", 3, "on_store_failure = \"closed\"")).await;
+    until_up(&gateway).await;
+    assert_eq!(hammer(vec![gateway.peer()], b"g", 5).await.0, 3);
+    assert!(good.calls_of("evalsha").await > 0);
+}
+
 // === Redis is gone ===
 
 struct Load {

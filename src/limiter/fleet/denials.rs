@@ -1,7 +1,8 @@
 //! What the store has refused, and until when: so long, this node refuses it by itself.
 //!
-//! A state's time only grows, so a key that has no cell now has none before the time that was said. A flood that is refused
-//! does not reach the store. A store that was away may know less than before: then nothing is remembered of it.
+//! A state's time grows, so a key that has no cell now has none before the time that was said: a flood that is refused does
+//! not reach the store. But an operator may empty it, and nodes that lease give back what they do not use: after a second the
+//! store is asked again. When it was away nothing is remembered of it.
 
 use super::{Check, Key, Outcome, Outcomes, is_final, shard_of};
 use parking_lot::Mutex;
@@ -10,9 +11,23 @@ use std::time::Duration;
 
 const SHARDS: usize = 64;
 
-/// By key, until when (nanoseconds of this node's clock) it has not a single cell.
+/// As long as a refusal is believed at most.
+const BELIEVED: u64 = 1_000_000_000;
+
+/// Nanoseconds for which no room is made in a shard that was found full.
+const FULL_FOR: u64 = 10_000_000;
+
+/// Times are nanoseconds of this node's clock.
+#[derive(Default)]
+struct Shard {
+    /// By key: until when the refusal is believed, and when it has a cell again.
+    until: HashMap<Key, (u64, u64)>,
+    full_until: u64,
+}
+
+/// What is refused.
 pub(super) struct Denials {
-    shards: Box<[Mutex<HashMap<Key, u64>>]>,
+    shards: Box<[Mutex<Shard>]>,
     /// Keys of a shard at most. Which are not remembered the store is asked about again.
     room: usize,
 }
@@ -25,7 +40,7 @@ impl Denials {
 
     /// Forgets everything.
     pub(super) fn clear(&self) {
-        self.shards.iter().for_each(|shard| shard.lock().clear());
+        self.shards.iter().for_each(|shard| shard.lock().until.clear());
     }
 
     /// Refuses a request that the store would refuse.
@@ -33,12 +48,13 @@ impl Denials {
         outcomes.clear();
         let mut refused = false;
         for check in checks {
-            let until = self.shards.get(shard_of(check.key, SHARDS)).and_then(|s| s.lock().get(&check.key).copied());
+            let shard = self.shards.get(shard_of(check.key, SHARDS));
+            let until = shard.and_then(|shard| shard.lock().until.get(&check.key).copied());
             outcomes.push(match until {
-                Some(until) if until > now && is_final(check) && check.cost <= check.gcra.burst() => {
+                Some((believed, until)) if believed > now && is_final(check) && check.cost <= check.gcra.burst() => {
                     refused = true;
                     let more = check.gcra.increment(check.cost.saturating_sub(1));
-                    Outcome::Refused(Some(Duration::from_nanos((until - now).saturating_add(more))))
+                    Outcome::Refused(Some(Duration::from_nanos(until.saturating_sub(now).saturating_add(more))))
                 }
                 _ => Outcome::Allowed,
             });
@@ -55,12 +71,13 @@ impl Denials {
                 continue;
             }
             let Some(mut shard) = self.shards.get(shard_of(check.key, SHARDS)).map(Mutex::lock) else { continue };
-            if shard.len() >= self.room {
-                shard.retain(|_, until| *until > sent);
+            if shard.until.len() >= self.room && shard.full_until <= sent {
+                shard.until.retain(|_, (believed, _)| *believed > sent);
+                shard.full_until = sent.saturating_add(FULL_FOR);
             }
-            if shard.len() < self.room {
-                let wait = u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX);
-                shard.insert(check.key, sent.saturating_add(wait));
+            if shard.until.len() < self.room {
+                let until = sent.saturating_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX));
+                shard.until.insert(check.key, (until.min(sent.saturating_add(BELIEVED)), until));
             }
         }
     }
@@ -85,22 +102,23 @@ mod tests {
     }
 
     #[test]
-    fn refuses_until_the_time_that_was_said_and_no_longer() {
+    fn refuses_for_a_second_at_most_and_says_how_long_it_will_be() {
         let denials = Denials::new(1000);
         let mut outcomes = Outcomes::new();
         let second = Duration::from_secs(1);
+        let told = 5 * second;
         let checks = [check(1, 1), check(2, 1)];
         assert!(!denials.refuse(1, &checks, &mut outcomes));
-        outcomes[1] = Outcome::Refused(Some(second));
+        outcomes[1] = Outcome::Refused(Some(told));
         denials.learn(100, &checks, &outcomes);
         assert!(denials.refuse(200, &checks, &mut outcomes));
-        assert_eq!(outcomes[..], [Outcome::Allowed, Outcome::Refused(Some(second - Duration::from_nanos(100)))]);
+        assert_eq!(outcomes[..], [Outcome::Allowed, Outcome::Refused(Some(told - Duration::from_nanos(100)))]);
         assert!(denials.refuse(1_000_000_099, &checks, &mut outcomes));
         assert!(!denials.refuse(1_000_000_100, &checks, &mut outcomes));
         assert!(!denials.refuse(200, &[Check { enforce: false, ..check(2, 1) }], &mut outcomes), "a shadow");
         assert!(!denials.refuse(200, &[check(2, 6)], &mut outcomes), "that is refused for good, and by the store");
         assert!(denials.refuse(200, &[check(2, 3)], &mut outcomes));
-        assert_eq!(outcomes[0], Outcome::Refused(Some(3 * second - Duration::from_nanos(100))));
+        assert_eq!(outcomes[0], Outcome::Refused(Some(7 * second - Duration::from_nanos(100))));
     }
 
     #[test]
@@ -113,6 +131,6 @@ mod tests {
         for n in 0..10_000u128 {
             denials.learn(1, &[check(n << 13 | n, 1)], &outcomes);
         }
-        assert!(denials.shards.iter().all(|shard| shard.lock().len() <= 1));
+        assert!(denials.shards.iter().all(|shard| shard.lock().until.len() <= 1));
     }
 }

@@ -6,12 +6,13 @@
 local time = redis.call('TIME')
 local now = (time[1] - 1767225600) * 1000000 + time[2]
 local states = redis.call('MGET', unpack(KEYS))
-local answers = {}
+local answers, latest = {}, {}
 
 for key = 1, #KEYS do
   local at = (key - 1) * 4
   local cell, window, want, need = ARGV[at + 1] + 0, ARGV[at + 2] + 0, ARGV[at + 3] + 0, ARGV[at + 4] + 0
-  local before = tonumber(states[key]) or now
+  -- A key may be there twice: given back, and wanted again.
+  local before = latest[KEYS[key]] or tonumber(states[key]) or now
   if before < now then before = now end
   local granted, wait = want, 0
   if want > 0 then
@@ -19,10 +20,13 @@ for key = 1, #KEYS do
     if granted < need then wait = math.max(1, math.ceil(before + need * cell - now - window)) end
   end
   local tat = math.max(now, before + granted * cell)
-  if granted ~= 0 and tat > now then
-    redis.call('SET', KEYS[key], string.format('%.3f', tat), 'PX', math.ceil((tat - now) / 1000) + 1)
-  elseif granted ~= 0 and before > now then
-    redis.call('DEL', KEYS[key])
+  latest[KEYS[key]] = tat
+  if granted ~= 0 then
+    if tat > now then
+      redis.call('SET', KEYS[key], string.format('%.3f', tat), 'PX', math.ceil((tat - now) / 1000) + 1)
+    else
+      redis.call('DEL', KEYS[key])
+    end
   end
   answers[#answers + 1] = granted
   answers[#answers + 1] = wait

@@ -9,14 +9,14 @@
 //! What a node has not used for a while it gives back; what it held when it ended comes back at the limit's rate.
 
 use super::store::{Call, Gone};
-use super::{Micros, Shared, shard_of, window};
+use super::{Shared, shard_of, window};
 use crate::limiter::gcra::Gcra;
 use crate::limiter::{Ask, Key, Outcome, Outcomes, all_pass};
 use parking_lot::{Mutex, MutexGuard};
 use smallvec::SmallVec;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -29,9 +29,6 @@ const TOGETHER: usize = 256;
 /// more than a single cell, as a rule. Who is refused meanwhile is told of a time after it.
 const PACE: Duration = Duration::from_millis(100);
 
-/// Answers a request waits for, before it asks the store to decide it as a whole.
-const PATIENCE: usize = 3;
-
 /// What this node holds of a key.
 struct Lease {
     cells: u32,
@@ -39,9 +36,11 @@ struct Lease {
     partition: u64,
     /// When cells were last taken.
     used: u64,
-    /// Until when the store has not as many as `denied` at once.
+    /// When the store has as many as `denied` at once, as far as it said.
     denied_until: u64,
     denied: u32,
+    /// Until when that is believed: other nodes give back what they do not use.
+    believed_until: u64,
     /// Until when no more is asked for before it is needed: the store had less than was wanted.
     quiet_until: u64,
     /// An answer is awaited.
@@ -105,9 +104,14 @@ impl Leases {
         gcra.burst().div_ceil(self.share.max(1)).max(1)
     }
 
-    pub(super) async fn decide(&self, shared: &Shared, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Result<bool, Gone> {
-        let mut deadline = None;
-        for _ in 0..PATIENCE {
+    pub(super) async fn decide(
+        &self,
+        shared: &Shared,
+        deadline: Instant,
+        ask: &Ask<'_>,
+        outcomes: &mut Outcomes,
+    ) -> Result<bool, Gone> {
+        loop {
             let answered = self.answered.notified();
             tokio::pin!(answered);
             // What is answered from here on is not missed.
@@ -115,20 +119,17 @@ impl Leases {
             let up = !shared.remote.breaker.is_open();
             match self.attempt(shared.now(), up, ask, outcomes) {
                 Tried::Decided(pass) => return Ok(pass),
-                Tried::NoRoom => break,
                 Tried::Waiting if !up => {
                     shared.remote.metrics.skipped.inc();
                     return Err(Gone);
                 }
+                Tried::NoRoom => return Err(Gone),
                 Tried::Waiting => {}
             }
-            let timeout = shared.remote.settings().timeout;
-            let deadline = *deadline.get_or_insert_with(|| tokio::time::Instant::now() + timeout);
-            if tokio::time::timeout_at(deadline, answered).await.is_err() {
+            if tokio::time::timeout_at(deadline.into(), answered).await.is_err() {
                 return Err(Gone);
             }
         }
-        shared.decide_strictly(ask, outcomes).await
     }
 
     fn lock(&self, keys: impl Iterator<Item = Key>) -> Guards<'_> {
@@ -148,9 +149,9 @@ impl Leases {
             }
             match shard(guards, key).and_then(|shard| shard.get(&key)) {
                 Some(lease) if lease.cells >= cost => Known::Held,
-                Some(lease) if up && lease.denied_until > now && cost >= lease.denied => {
+                Some(lease) if up && lease.believed_until > now && cost >= lease.denied => {
                     let more = gcra.increment(cost - lease.denied);
-                    Known::Denied(Duration::from_nanos((lease.denied_until - now).saturating_add(more)))
+                    Known::Denied(Duration::from_nanos(lease.denied_until.saturating_sub(now).saturating_add(more)))
                 }
                 _ => Known::Nothing,
             }
@@ -163,6 +164,11 @@ impl Leases {
             let refused = match first {
                 Known::Held => {
                     taken.push((check.key, check.gcra, check.cost));
+                    outcomes.push(Outcome::Allowed);
+                    continue;
+                }
+                // A shadow changes nothing, and so not that the rest is known.
+                Known::Nothing if !up && !check.enforce => {
                     outcomes.push(Outcome::Allowed);
                     continue;
                 }
@@ -224,6 +230,7 @@ impl Leases {
                 used: now,
                 denied_until: 0,
                 denied: 0,
+                believed_until: 0,
                 quiet_until: 0,
                 asked: false,
             });
@@ -260,13 +267,15 @@ impl Leases {
         }
         if let Ok(wait @ 1..) = u64::try_from(wait) {
             lease.denied_until = sent.saturating_add(wait.saturating_mul(1000)).saturating_add(pace);
+            let idle = u64::try_from(self.idle.as_nanos()).unwrap_or(u64::MAX);
+            lease.believed_until = lease.denied_until.min(sent.saturating_add(idle));
             lease.denied = want.need;
         }
     }
 
     /// Forgets what was refused, and holds what it holds.
     pub(super) fn clear(&self) {
-        self.shards.iter().for_each(|shard| shard.lock().values_mut().for_each(|lease| lease.denied_until = 0));
+        self.shards.iter().for_each(|shard| shard.lock().values_mut().for_each(|lease| lease.believed_until = 0));
     }
 
     /// What has not been used for a while.
@@ -286,7 +295,7 @@ impl Leases {
                         held: 0,
                     });
                 }
-                keep || lease.denied_until > now
+                keep || lease.believed_until > now
             });
         }
         wants
@@ -336,13 +345,13 @@ impl Shared {
         let mut call = Call::new();
         for want in &wants {
             call.keys.push(self.name(want.key, want.partition));
-            call.arg(Micros(want.gcra.increment(1)));
+            call.arg(format_args!("{:.12}", want.gcra.cell() / 1000.0));
             call.arg(window(&want.gcra));
             call.arg(want.cells);
             call.arg(want.need.saturating_sub(want.held));
         }
-        let sent = self.now();
-        let answers = self.remote.call(&self.lease, &call).await.unwrap_or_default();
+        let (sent, deadline) = (self.now(), Instant::now() + self.remote.settings().timeout);
+        let answers = self.remote.call(&self.lease, &call, deadline).await.unwrap_or_default();
         let (pairs, _) = answers.as_chunks::<2>();
         for (i, want) in wants.iter().enumerate().filter(|(_, want)| want.cells > 0) {
             leases.answered(want, sent, pairs.get(i).map(|[granted, wait]| (*granted, *wait)));

@@ -175,18 +175,24 @@ impl Fleet {
         !self.shared.remote.breaker.is_open()
     }
 
-    pub(super) async fn decide(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Result<bool, Gone> {
+    pub(super) async fn decide(&self, at: Instant, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Result<bool, Gone> {
+        let deadline = at + self.shared.remote.settings().timeout;
         match &self.shared.leases {
-            None => self.shared.decide_strictly(ask, outcomes).await,
-            Some(leases) => leases.decide(&self.shared, ask, outcomes).await,
+            None => self.shared.decide_strictly(deadline, ask, outcomes).await,
+            Some(leases) => leases.decide(&self.shared, deadline, ask, outcomes).await,
         }
     }
 
-    /// Charges what has been used already; nobody waits for it.
-    pub(super) fn charge(&self, ask: &Ask<'_>) {
+    /// Charges what has been used already; nobody waits for it. `otherwise` if the store does not answer.
+    pub(super) fn charge(&self, ask: &Ask<'_>, otherwise: impl FnOnce() + Send + 'static) {
         let call = self.shared.call(ask, 2);
         let shared = self.shared.clone();
-        self.runtime.spawn(async move { shared.remote.call(&shared.decide, &call).await });
+        let deadline = Instant::now() + self.shared.remote.settings().timeout;
+        self.runtime.spawn(async move {
+            if shared.remote.call(&shared.decide, &call, deadline).await.is_err() {
+                otherwise();
+            }
+        });
     }
 }
 
@@ -253,14 +259,14 @@ impl Shared {
         (&self.decide, call)
     }
 
-    async fn decide_strictly(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Result<bool, Gone> {
+    async fn decide_strictly(&self, deadline: Instant, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Result<bool, Gone> {
         let up = !self.remote.breaker.is_open();
         if up && self.denials.refuse(self.now(), ask.checks, outcomes) {
             return Ok(false);
         }
         let call = self.call(ask, u8::from(ask.charge));
         let sent = self.now();
-        let answers = self.remote.call(&self.decide, &call).await?;
+        let answers = self.remote.call(&self.decide, &call, deadline).await?;
         if answers.len() != ask.checks.len() {
             return Err(Gone);
         }

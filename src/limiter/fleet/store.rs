@@ -15,7 +15,7 @@ use redis::cluster_routing::{Route, RoutingInfo, SingleNodeRoutingInfo, SlotAddr
 use redis::{Cmd, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, ServerErrorKind, Value};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -23,8 +23,11 @@ use tokio::task::JoinSet;
 /// Pause before the next attempt to connect, and between questions to a store that nobody else asks.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// An attempt to connect is given up after this, or after the time a request may take if that is more.
+/// An attempt to connect is given up after this.
 const CONNECT: Duration = Duration::from_millis(250);
+
+/// What is said of who is not heard from.
+const LATE: &str = "it does not answer in time";
 
 /// Between questions whether a store still answers.
 const WATCH: Duration = Duration::from_millis(500);
@@ -129,9 +132,11 @@ impl Remote {
         &self.settings
     }
 
-    /// Calls a script, within the time that a request may take.
-    pub(super) async fn call(&self, script: &Script, call: &Call) -> Result<Vec<i64>, Gone> {
-        if self.breaker.is_open() {
+    /// Calls a script, for an answer until `deadline`.
+    pub(super) async fn call(&self, script: &Script, call: &Call, deadline: Instant) -> Result<Vec<i64>, Gone> {
+        // What is asked when there is no time for an answer would be charged for nothing, and say nothing of the store.
+        let time = deadline.saturating_duration_since(Instant::now());
+        if self.breaker.is_open() || time < self.settings.timeout / 4 {
             self.metrics.skipped.inc();
             return Err(Gone);
         }
@@ -145,7 +150,7 @@ impl Remote {
             return Err(Gone);
         };
         let timer = self.metrics.seconds.start_timer();
-        let answer = tokio::time::timeout(self.settings.timeout, ask(link, script, call)).await;
+        let answer = tokio::time::timeout_at(deadline.into(), ask(link, script, call)).await;
         match answer {
             Ok(Ok(answer)) => {
                 timer.observe_duration();
@@ -164,7 +169,9 @@ impl Remote {
             }
             Err(_) => {
                 self.metrics.timeouts.inc();
-                self.breaker.failed();
+                if time > self.settings.timeout / 2 {
+                    self.breaker.failed();
+                }
                 Err(Gone)
             }
         }
@@ -175,14 +182,7 @@ impl Remote {
         let mut said = false;
         loop {
             let mut drivers = JoinSet::new();
-            let within = self.settings.timeout.max(CONNECT);
-            let connected = tokio::time::timeout(within, self.connect(&mut drivers)).await;
-            let connected = connected.unwrap_or_else(|_| Err("it does not answer in time".into()));
-            let answers = match connected {
-                Ok(links) => self.answers(&links, shared).await.map(|()| links),
-                Err(e) => Err(e),
-            };
-            match answers {
+            match self.find_one_that_answers(&mut drivers, shared).await {
                 Err(e) => {
                     if !std::mem::replace(&mut said, true) {
                         tracing::warn!(
@@ -207,6 +207,33 @@ impl Remote {
         }
     }
 
+    /// Connects to the cluster, or to the first server that does what requests ask of it: one that is frozen or only a
+    /// replica does not.
+    async fn find_one_that_answers(&self, drivers: &mut JoinSet<()>, shared: &Shared) -> Result<Vec<Link>, String> {
+        let servers = match self.settings.cluster {
+            true => vec![None],
+            false => self.settings.nodes.iter().map(Some).collect(),
+        };
+        let mut why = "no node is named".to_owned();
+        for server in servers {
+            let links = match server {
+                None => self.connect_cluster().await.map(|link| vec![link]),
+                Some((host, port)) => self.connect(host, *port, drivers).await,
+            };
+            let answers = match links {
+                Ok(links) => self.answers(&links, shared).await.map(|()| links),
+                Err(e) => Err(e),
+            };
+            match answers {
+                Ok(links) => return Ok(links),
+                Err(e) => why = server.map_or_else(|| e.clone(), |(host, port)| format!("{host}:{port}: {e}")),
+            }
+            drivers.abort_all();
+            while drivers.join_next().await.is_some() {}
+        }
+        Err(why)
+    }
+
     /// Until the store does not answer any more: how that was noticed.
     async fn watch(&self, links: &[Link], drivers: &mut JoinSet<()>, shared: &Shared) -> &'static str {
         loop {
@@ -228,40 +255,36 @@ impl Remote {
         }
     }
 
-    /// Whether every connection does what requests ask of it, in the time that they have.
+    /// Whether the store does what requests ask of it, in the time that they have.
     async fn answers(&self, links: &[Link], shared: &Shared) -> Result<(), String> {
-        for link in links {
-            let (script, call) = shared.probe();
-            match tokio::time::timeout(self.settings.timeout, ask(link.clone(), script, &call)).await {
-                Ok(Ok(_)) => {}
-                Ok(Err(e)) => return Err(e.to_string()),
-                Err(_) => return Err("it does not answer in time".into()),
-            }
+        // They all lead to one server; that one has ended is noticed by itself.
+        let Some(link) = links.first() else { return Err("there is no connection".into()) };
+        let (script, call) = shared.probe();
+        match tokio::time::timeout(self.settings.timeout, ask(link.clone(), script, &call)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(e)) => Err(e.to_string()),
+            Err(_) => Err(LATE.into()),
         }
-        Ok(())
     }
 
-    async fn connect(&self, drivers: &mut JoinSet<()>) -> Result<Vec<Link>, String> {
-        if self.settings.cluster {
-            return Ok(vec![Link::Cluster(self.connect_cluster().await.map_err(|e| e.to_string())?)]);
-        }
-        let mut why = "no node is named".to_owned();
-        for (host, port) in &self.settings.nodes {
-            let mut links = vec![];
-            while links.len() < self.settings.connections.max(1) {
-                match self.connect_one(host, *port, drivers).await {
-                    Ok(link) => links.push(Link::Single(link)),
-                    Err(e) => {
-                        why = format!("{host}:{port}: {e}");
-                        break;
-                    }
-                }
-            }
-            if links.len() == self.settings.connections.max(1) {
-                return Ok(links);
+    async fn connect(&self, host: &str, port: u16, drivers: &mut JoinSet<()>) -> Result<Vec<Link>, String> {
+        let mut links = vec![];
+        while links.len() < self.settings.connections.max(1) {
+            match tokio::time::timeout(CONNECT, self.connect_one(host, port, drivers)).await {
+                Ok(Ok(link)) => links.push(Link::Single(link)),
+                Ok(Err(e)) => return Err(e.to_string()),
+                Err(_) => return Err(LATE.into()),
             }
         }
-        Err(why)
+        Ok(links)
+    }
+
+    async fn connect_cluster(&self) -> Result<Link, String> {
+        match tokio::time::timeout(2 * CONNECT, self.cluster()).await {
+            Ok(Ok(link)) => Ok(Link::Cluster(link)),
+            Ok(Err(e)) => Err(e.to_string()),
+            Err(_) => Err(LATE.into()),
+        }
     }
 
     async fn connect_one(
@@ -302,7 +325,7 @@ impl Remote {
         info
     }
 
-    async fn connect_cluster(&self) -> redis::RedisResult<ClusterConnection> {
+    async fn cluster(&self) -> redis::RedisResult<ClusterConnection> {
         let settings = &self.settings;
         let nodes: redis::RedisResult<Vec<_>> = settings
             .nodes
@@ -319,7 +342,7 @@ impl Remote {
             .collect();
         // Nothing is sent twice: a call whose answer was lost may have been done.
         let mut builder = ClusterClient::builder(nodes?)
-            .connection_timeout(settings.timeout.max(CONNECT))
+            .connection_timeout(CONNECT)
             .response_timeout(settings.timeout)
             .retries(0)
             .tcp_settings(redis::io::tcp::TcpSettings::default().set_nodelay(true));
