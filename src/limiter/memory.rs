@@ -42,8 +42,12 @@ const SHARDS: usize = 1024;
 /// What the system gives memory in: a shard is some of these.
 const PAGE: usize = 4096;
 
-/// Octets that a shard has, or more, if there is more than one: of few buckets, some would be full long before all are.
-const SHARD: usize = 64 * PAGE;
+/// A large page: what a shard is in a table that has many of them.
+const LARGE: usize = 2 << 20;
+
+/// Octets that a shard of a small table has, or more, if there is more than one: of few buckets, some would be full long
+/// before all are.
+const SMALL: usize = 64 * PAGE;
 
 /// Nanoseconds for which a shard that was found full is taken to be so.
 const FULL_FOR: u64 = 1_000_000;
@@ -101,7 +105,12 @@ type Spots = SmallVec<[Spot; 12]>;
 impl Shard {
     /// Free buckets. The system gives their memory page by page, as it is used.
     fn new(octets: usize) -> std::io::Result<Self> {
-        Ok(Self { table: MmapMut::map_anon(octets)?, seen: 0, full_until: 0 })
+        let table = MmapMut::map_anon(octets)?;
+        // In large pages a check of a table that is in no cache takes two thirds of the time (docs/limits.md): what else has
+        // to be fetched is the page tables. Where there are none it works without.
+        #[cfg(target_os = "linux")]
+        let _ = table.advise(memmap2::Advice::HugePage);
+        Ok(Self { table, seen: 0, full_until: 0 })
     }
 
     #[inline]
@@ -133,38 +142,26 @@ fn number(word: Word) -> u64 {
     u64::from_ne_bytes(word)
 }
 
-/// What a bucket holds, a bit for each place.
-#[derive(Clone, Copy)]
-struct Scan {
-    /// A live entry of the key.
-    live: u32,
-    /// No entry, or one whose time has passed.
-    free: u32,
-}
-
-/// Looks through a bucket. All places alike: where the entry is nobody can foretell, and a branch that the processor guesses
-/// wrong costs more than to look at the rest.
+/// The word at which a live entry of a key begins, and its time.
 #[inline]
-fn scan(bucket: &Bucket, (high, low): (u64, u64), now: u64) -> Scan {
-    let mut scan = Scan { live: 0, free: 0 };
-    for (place, [a, b, tat]) in bucket.as_chunks::<PLACE>().0.iter().enumerate() {
-        let free = u32::from(number(*tat) <= now);
-        let same = u32::from((number(*a) ^ high) | (number(*b) ^ low) == 0);
-        scan.free |= free << place;
-        scan.live |= (same & !free) << place;
-    }
-    scan
-}
-
-/// The word at which the first of some places begins.
-#[inline]
-fn at(places: u32) -> Option<usize> {
-    (places != 0).then(|| places.trailing_zeros() as usize * PLACE)
+fn live(bucket: &Bucket, (high, low): (u64, u64), now: u64) -> Option<(usize, u64)> {
+    let places = bucket.as_chunks::<PLACE>().0.iter().enumerate();
+    let mut entries = places.map(|(place, [a, b, tat])| (place, number(*a), number(*b), number(*tat)));
+    let (place, _, _, tat) = entries.find(|(_, a, b, tat)| *a == high && *b == low && *tat > now)?;
+    Some((place * PLACE, tat))
 }
 
 /// The word at which the first free place begins.
+#[inline]
 fn free(bucket: &Bucket, now: u64) -> Option<usize> {
-    at(scan(bucket, (0, 0), now).free)
+    let (places, _) = bucket.as_chunks::<PLACE>();
+    places.iter().position(|[_, _, tat]| number(*tat) <= now).map(|place| place * PLACE)
+}
+
+/// How many places are free.
+#[inline]
+fn count_free(bucket: &Bucket, now: u64) -> usize {
+    bucket.as_chunks::<PLACE>().0.iter().filter(|[_, _, tat]| number(*tat) <= now).count()
 }
 
 // === impl Memory ===
@@ -185,9 +182,16 @@ impl<L: Locks> Memory<L> {
     /// # Errors
     /// The system does not give so much memory.
     pub fn with_locks(budget: usize, shards: usize, overflowed: prometheus::IntCounter) -> std::io::Result<Self> {
-        let shards = shards.min(budget / SHARD).max(1);
-        let pages = budget.saturating_sub(shards * size_of::<L::Mutex<Shard>>()) / PAGE;
-        let octets = (pages / shards).max(1) * PAGE;
+        let lock = size_of::<L::Mutex<Shard>>();
+        let large = budget / (LARGE + lock);
+        let (shards, octets) = match large {
+            // Whole large pages, up to as many shards as there may be.
+            16.. => (large.min(shards), large.div_euclid(large.min(shards).max(1)) * LARGE),
+            _ => {
+                let shards = shards.min(budget / SMALL).max(1);
+                (shards, (budget.saturating_sub(shards * lock) / PAGE / shards).max(1) * PAGE)
+            }
+        };
         let shards: std::io::Result<_> = (0..shards).map(|_| Ok(L::mutex(Shard::new(octets)?))).collect();
         let buckets = octets / size_of::<Bucket>();
         Ok(Self { shards: shards?, overflow: L::mutex(HashMap::new()), buckets, overflowed })
@@ -251,27 +255,24 @@ impl<L: Locks> Memory<L> {
         let Spot { first, second, words, .. } = *spot;
         let Some(shard) = guards.get_mut(spot.held) else { return (Slot::Overflow, 0) };
         let Some(bucket) = shard.bucket(first) else { return (Slot::Overflow, 0) };
-        let time = |bucket: &Bucket, at: usize| bucket.get(at + 2).map_or(0, |tat| number(*tat));
-        let mine = scan(bucket, words, now);
-        if let Some(at) = at(mine.live) {
-            return (Slot::Place { bucket: first, at }, time(bucket, at));
+        if let Some((at, tat)) = live(bucket, words, now) {
+            return (Slot::Place { bucket: first, at }, tat);
         }
         let spilled = number(bucket[SPILLED]) > now;
-        let mut room = at(mine.free).map(|at| (first, at));
+        let mut room = free(bucket, now).map(|at| (first, at));
         if !spilled
-            && mine.free.count_ones() > 1
             && let Some((bucket, at)) = room
+            && shard.bucket(first).is_some_and(|bucket| count_free(bucket, now) > 1)
         {
             return (Slot::Place { bucket, at }, 0);
         }
         if let Some(bucket) = shard.bucket(second) {
-            let other = scan(bucket, words, now);
-            if spilled && let Some(at) = at(other.live) {
-                return (Slot::Place { bucket: second, at }, time(bucket, at));
+            if spilled && let Some((at, tat)) = live(bucket, words, now) {
+                return (Slot::Place { bucket: second, at }, tat);
             }
             // The last place of a bucket is for keys that have no other.
-            if other.free.count_ones() > u32::from(room.is_some()) {
-                room = at(other.free).map(|at| (second, at));
+            if count_free(bucket, now) > usize::from(room.is_some()) {
+                room = free(bucket, now).map(|at| (second, at));
             }
         }
         match room.or_else(|| self.make_room(shard, [first, second], now)) {

@@ -270,6 +270,11 @@ proptest! {
 
 struct Shuttle;
 
+/// A table of the least size, in as many shards as may be.
+fn small<L: Locks>(shards: usize) -> Memory<L> {
+    Memory::with_locks(shards << 18, shards, prometheus::IntCounter::new("overflowed", "overflowed").unwrap()).unwrap()
+}
+
 impl Locks for Shuttle {
     type Mutex<T: Send> = shuttle::sync::Mutex<T>;
     type Guard<'a, T: Send + 'a> = shuttle::sync::MutexGuard<'a, T>;
@@ -283,8 +288,11 @@ impl Locks for Shuttle {
     }
 }
 
+/// A request, and what was said of it.
+type Answered = (Vec<Check>, (bool, Vec<Outcome>));
+
 /// Whether some order of all threads' requests, each thread's own kept, gives the answers that were given.
-fn has_an_order(model: &Model, now: u64, threads: &[&[(Vec<Check>, (bool, Vec<Outcome>))]]) -> bool {
+fn has_an_order(model: &Model, now: u64, threads: &[&[Answered]]) -> bool {
     threads.iter().all(|thread| thread.is_empty())
         || (0..threads.len()).any(|i| {
             let Some(((checks, answer), rest)) = threads[i].split_first() else { return false };
@@ -299,14 +307,7 @@ fn has_an_order(model: &Model, now: u64, threads: &[&[(Vec<Check>, (bool, Vec<Ou
 fn under_any_schedule_there_is_an_order_that_explains_all_answers() {
     let run = || {
         // Requests that share keys in different orders, in two shards; with a refusal that takes back what it took.
-        let store = Arc::new(
-            Memory::<Shuttle>::with_locks(
-                16 << 10,
-                2,
-                prometheus::IntCounter::new("overflowed", "overflowed").unwrap(),
-            )
-            .unwrap(),
-        );
+        let store = Arc::new(small::<Shuttle>(2));
         let (a, b, c) = (check(1, 2), check(2, 1), check(3, 2));
         let shadow = Check { enforce: false, ..b };
         let scripts = [vec![vec![a, b], vec![c, a]], vec![vec![b, a], vec![shadow, c]], vec![vec![c, b], vec![a]]];
@@ -330,14 +331,7 @@ fn under_any_schedule_there_is_an_order_that_explains_all_answers() {
 #[test]
 fn under_any_schedule_one_key_admits_its_burst() {
     let run = || {
-        let store = Arc::new(
-            Memory::<Shuttle>::with_locks(
-                16 << 10,
-                1,
-                prometheus::IntCounter::new("overflowed", "overflowed").unwrap(),
-            )
-            .unwrap(),
-        );
+        let store = Arc::new(small::<Shuttle>(1));
         let threads: Vec<_> = (0..3)
             .map(|_| {
                 let store = store.clone();
