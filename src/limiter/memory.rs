@@ -45,9 +45,8 @@ const PAGE: usize = 4096;
 /// A large page: what a shard is in a table that has many of them.
 const LARGE: usize = 2 << 20;
 
-/// Octets that a shard of a small table has, or more, if there is more than one: of few buckets, some would be full long
-/// before all are.
-const SMALL: usize = 64 * PAGE;
+/// What a shard is in a smaller one: of fewer buckets, some would be full long before all are.
+const SMALL: usize = 16 * PAGE;
 
 /// Nanoseconds for which a shard that was found full is taken to be so.
 const FULL_FOR: u64 = 1_000_000;
@@ -183,14 +182,11 @@ impl<L: Locks> Memory<L> {
     /// The system does not give so much memory.
     pub fn with_locks(budget: usize, shards: usize, overflowed: prometheus::IntCounter) -> std::io::Result<Self> {
         let lock = size_of::<L::Mutex<Shard>>();
-        let large = budget / (LARGE + lock);
-        let (shards, octets) = match large {
-            // Whole large pages, up to as many shards as there may be.
-            16.. => (large.min(shards), large.div_euclid(large.min(shards).max(1)) * LARGE),
-            _ => {
-                let shards = shards.min(budget / SMALL).max(1);
-                (shards, (budget.saturating_sub(shards * lock) / PAGE / shards).max(1) * PAGE)
-            }
+        let (large, small) = (budget / (LARGE + lock), budget / (SMALL + lock));
+        let (shards, octets) = match (large, small) {
+            (64.., _) => (large.min(shards), large / large.min(shards) * LARGE),
+            (_, 1..) => (small.min(shards), small / small.min(shards) * SMALL),
+            _ => (1, (budget.saturating_sub(lock) / PAGE).max(1) * PAGE),
         };
         let shards: std::io::Result<_> = (0..shards).map(|_| Ok(L::mutex(Shard::new(octets)?))).collect();
         let buckets = octets / size_of::<Bucket>();

@@ -272,7 +272,7 @@ struct Shuttle;
 
 /// A table of the least size, in as many shards as may be.
 fn small<L: Locks>(shards: usize) -> Memory<L> {
-    Memory::with_locks(shards << 18, shards, prometheus::IntCounter::new("overflowed", "overflowed").unwrap()).unwrap()
+    Memory::with_locks(shards << 17, shards, prometheus::IntCounter::new("overflowed", "overflowed").unwrap()).unwrap()
 }
 
 impl Locks for Shuttle {
