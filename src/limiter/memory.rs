@@ -81,9 +81,9 @@ impl<L: Locks> std::fmt::Debug for Memory<L> {
 /// Where a key belongs: a shard among those held, and its two buckets there.
 #[derive(Debug, Clone, Copy)]
 struct Spot {
-    held: usize,
-    first: usize,
-    second: usize,
+    held: u32,
+    first: u32,
+    second: u32,
     words: (u64, u64),
 }
 
@@ -218,25 +218,27 @@ impl<L: Locks> Memory<L> {
 
     /// Locks the shards of all keys, in ascending order, and has their first buckets fetched from memory at one time: one after
     /// another they would take as long each. Returns the time to decide at, too.
-    #[inline]
+    #[inline(always)] // what it returns is made where it is used, and not copied
     fn lock(&self, now: u64, keys: impl Iterator<Item = Key>) -> (Guards<'_, L>, Spots, u64) {
-        let mut wanted: SmallVec<[usize; 12]> = SmallVec::new();
+        let mut wanted: SmallVec<[u32; 12]> = SmallVec::new();
         let mut spots: Spots = keys
             .map(|key| {
                 let words = ((key.0 >> 64) as u64, key.0 as u64);
                 let (first, second) = self.buckets_of(words);
-                let shard = self.shard_of(key);
+                let shard = self.shard_of(key) as u32;
                 wanted.push(shard);
-                Spot { held: shard, first, second, words }
+                // A shard has less than 2^32 buckets: they would be half a tebioctet.
+                Spot { held: shard, first: first as u32, second: second as u32, words }
             })
             .collect();
         wanted.sort_unstable();
         wanted.dedup();
-        let mut guards: Guards<'_, L> = wanted.iter().filter_map(|i| Some(L::lock(self.shards.get(*i)?))).collect();
+        let mut guards: Guards<'_, L> =
+            wanted.iter().filter_map(|i| Some(L::lock(self.shards.get(*i as usize)?))).collect();
         let mut fetched = 0;
         for spot in &mut spots {
-            spot.held = wanted.iter().position(|shard| *shard == spot.held).unwrap_or(usize::MAX);
-            let bucket = guards.get(spot.held).and_then(|shard| shard.bucket(spot.first));
+            spot.held = wanted.iter().position(|shard| *shard == spot.held).map_or(u32::MAX, |held| held as u32);
+            let bucket = guards.get(spot.held as usize).and_then(|shard| shard.bucket(spot.first as usize));
             fetched ^= bucket.map_or(0, |words| words[0][0] ^ words[BUCKET / 2][0]);
         }
         std::hint::black_box(fetched);
@@ -248,8 +250,8 @@ impl<L: Locks> Memory<L> {
     /// The place of a key and its theoretical arrival time, 0 if it has none.
     #[inline]
     fn find(&self, guards: &mut Guards<'_, L>, spot: &Spot, now: u64) -> (Slot, u64) {
-        let Spot { first, second, words, .. } = *spot;
-        let Some(shard) = guards.get_mut(spot.held) else { return (Slot::Overflow, 0) };
+        let (first, second, words) = (spot.first as usize, spot.second as usize, spot.words);
+        let Some(shard) = guards.get_mut(spot.held as usize) else { return (Slot::Overflow, 0) };
         let Some(bucket) = shard.bucket(first) else { return (Slot::Overflow, 0) };
         if let Some((at, tat)) = live(bucket, words, now) {
             return (Slot::Place { bucket: first, at }, tat);
@@ -329,8 +331,8 @@ impl<L: Locks> Memory<L> {
     #[inline]
     fn set(guards: &mut Guards<'_, L>, spot: &Spot, slot: Slot, tat: u64) {
         let Slot::Place { bucket, at } = slot else { return };
-        if let Some(shard) = guards.get_mut(spot.held) {
-            shard.put(spot.first, bucket, at, spot.words, tat);
+        if let Some(shard) = guards.get_mut(spot.held as usize) {
+            shard.put(spot.first as usize, bucket, at, spot.words, tat);
         }
     }
 
@@ -348,14 +350,14 @@ impl<L: Locks> Memory<L> {
         let mut pass = true;
 
         for (check, spot) in ask.checks.iter().zip(first_spots) {
-            let mut take = |spot, gcra: &Gcra, bucket: Key| -> Result<(), TooMany> {
+            let mut take = |spot, gcra: &Gcra, bucket| -> Result<(), TooMany> {
                 let (slot, mut tat) = self.find(&mut guards, spot, now);
                 if let Slot::Overflow = slot {
                     self.overflowed.inc();
                     let times = overflow.get_or_insert_with(|| L::lock(&self.overflow));
-                    tat = times.get(&bucket).copied().unwrap_or(0);
+                    tat = times.get(bucket).copied().unwrap_or(0);
                     let new = gcra.take(tat, now, check.cost)?;
-                    remember(times, bucket, new, now);
+                    remember(times, *bucket, new, now);
                     charged.push((Charged::Overflow(bucket), tat));
                 } else {
                     let new = gcra.take(tat, now, check.cost)?;
@@ -364,11 +366,11 @@ impl<L: Locks> Memory<L> {
                 }
                 Ok(())
             };
-            let outcome = match take(spot, &check.gcra, check.overflow) {
+            let outcome = match take(spot, &check.gcra, &check.overflow) {
                 Ok(()) => Outcome::Allowed,
                 Err(refusal) => {
                     let second = ask.second(check).zip(check.top_up.and_then(|at| second_spots.get(usize::from(at))));
-                    let topped_up = second.is_some_and(|(t, spot)| take(spot, &t.gcra, t.overflow).is_ok());
+                    let topped_up = second.is_some_and(|(t, spot)| take(spot, &t.gcra, &t.overflow).is_ok());
                     match refusal {
                         _ if topped_up => Outcome::ToppedUp,
                         TooMany::Wait(wait) => Outcome::Refused(Some(wait)),
@@ -384,7 +386,7 @@ impl<L: Locks> Memory<L> {
             for (what, before) in charged.into_iter().rev() {
                 match what {
                     Charged::Overflow(bucket) => {
-                        overflow.as_mut().map(|times| times.insert(bucket, before));
+                        overflow.as_mut().map(|times| times.insert(*bucket, before));
                     }
                     Charged::Key(spot) => {
                         if let (slot @ Slot::Place { .. }, 1..) = self.find(&mut guards, spot, now) {
@@ -419,7 +421,7 @@ impl<L: Locks> Memory<L> {
 /// What a decision has written.
 enum Charged<'a> {
     Key(&'a Spot),
-    Overflow(Key),
+    Overflow(&'a Key),
 }
 
 /// Notes the time of an overflow bucket. There is one for each limit and rate; those of limits that a reload took away go
