@@ -32,7 +32,7 @@ lint: setup ## Formatting and clippy
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 
 test: setup-test lint ## Formatting, clippy, and all tests; MOH_VECTORS=DIR has the shared vectors read, too
-	$(CARGO) test --locked --benches -- --test
+	$(CARGO) test --locked --bench gateway --bench limits -- --test
 	$(CARGO) test --locked --lib --bins --tests
 
 picture: setup ## docs/limits.svg: what a limit admits of a burst, a flood and at a window's edge, measured (15 s)

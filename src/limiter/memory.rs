@@ -183,11 +183,8 @@ impl<L: Locks> Memory<L> {
     pub fn with_locks(budget: usize, shards: usize, overflowed: prometheus::IntCounter) -> std::io::Result<Self> {
         let lock = size_of::<L::Mutex<Shard>>();
         let (large, small) = (budget / (LARGE + lock), budget / (SMALL + lock));
-        let (shards, octets) = match (large, small) {
-            (64.., _) => (large.min(shards), large / large.min(shards) * LARGE),
-            (_, 1..) => (small.min(shards), small / small.min(shards) * SMALL),
-            _ => (1, (budget.saturating_sub(lock) / PAGE).max(1) * PAGE),
-        };
+        let shards = if large >= 64 { large } else { small }.clamp(1, shards);
+        let octets = ((budget / shards).saturating_sub(lock) / PAGE).max(1) * PAGE;
         let shards: std::io::Result<_> = (0..shards).map(|_| Ok(L::mutex(Shard::new(octets)?))).collect();
         let buckets = octets / size_of::<Bucket>();
         Ok(Self { shards: shards?, overflow: L::mutex(HashMap::new()), buckets, overflowed })
@@ -239,7 +236,7 @@ impl<L: Locks> Memory<L> {
         for spot in &mut spots {
             spot.held = wanted.iter().position(|shard| *shard == spot.held).map_or(u32::MAX, |held| held as u32);
             let bucket = guards.get(spot.held as usize).and_then(|shard| shard.bucket(spot.first as usize));
-            fetched ^= bucket.map_or(0, |words| words[0][0] ^ words[BUCKET / 2][0]);
+            fetched ^= bucket.map_or(0, |words| words[0][0]);
         }
         std::hint::black_box(fetched);
         let now = guards.iter().fold(now, |now, shard| now.max(shard.seen));

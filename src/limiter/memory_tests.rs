@@ -125,6 +125,17 @@ fn fill(keys: usize) {
 }
 
 #[test]
+fn of_any_budget_a_table_takes_no_more_and_not_much_less() {
+    for budget in [64 << 10, 1 << 20, 5_000_000, 64 << 20, 127 << 20, 200_000_000, 320_000_000, 3 << 30] {
+        let store = store(budget);
+        assert!(store.octets() <= budget, "{} of {budget}", store.octets());
+        assert!(store.octets() > budget * 7 / 8, "{} of {budget}", store.octets());
+        let one = check(budget as u64, 1);
+        assert!(ask(&store, SECOND, &[one]).0 && !ask(&store, SECOND, &[one]).0);
+    }
+}
+
+#[test]
 fn a_flood_grows_nothing_and_resets_nobody() {
     let store = store(64 << 10);
     let octets = store.octets();
