@@ -126,7 +126,7 @@ pub struct Admission {
     /// For each limit with a rate.
     bound: Vec<Bound>,
     /// For each limit of concurrency.
-    concurrency: Vec<(Mix, Salt)>,
+    concurrency: Vec<Mix>,
 }
 
 /// A limit, with what makes its keys.
@@ -158,9 +158,8 @@ impl Admission {
     /// Limits at work, with their state in `limiter`. `secret` keys the hashes. `counters` are in the order of the limits,
     /// those with a rate first.
     pub fn new(policy: Policy, limiter: Arc<Limiter>, secret: [u8; 16], counters: Vec<LimitCounters>) -> Self {
-        let scopes = || policy.limits.iter().map(|l| &l.scope).chain(policy.concurrency.iter().map(|c| &c.scope));
         let by_provider = limiter.is_partitioned_by_provider();
-        let hasher = Hasher::new(secret, scopes().map(|scope| scope.key), policy.ipv6_prefix, by_provider);
+        let hasher = Hasher::new(secret, policy.scopes().map(|scope| scope.key), policy.ipv6_prefix, by_provider);
         let bind = |limit: &Limit| Bound {
             mix: hasher.mix(&limit.scope.name, false, limit.scope.key),
             salt: hasher.salt(&limit.gcra),
@@ -168,7 +167,7 @@ impl Admission {
             overrides: limit.overrides.iter().map(|(name, g)| (name.clone(), (*g, hasher.salt(g)))).collect(),
         };
         let bound = policy.limits.iter().map(bind).collect();
-        let mix = |limit: &Concurrency| (hasher.mix(&limit.scope.name, false, limit.scope.key), Salt::NONE);
+        let mix = |limit: &Concurrency| hasher.mix(&limit.scope.name, false, limit.scope.key);
         let concurrency = policy.concurrency.iter().map(mix).collect();
         Self { bound, concurrency, policy, counters, limiter, hasher, secret }
     }
@@ -194,15 +193,16 @@ impl Admission {
             return Ok(tickets);
         }
         let parts = self.hasher.parts(subject);
-        let counters = self.counters.iter().skip(self.policy.limits.len());
-        for ((i, limit), (mix, salt)) in self.policy.concurrency.iter().enumerate().zip(&self.concurrency) {
+        // Theirs come after those of the limits with a rate.
+        let first = self.policy.limits.len();
+        for ((i, limit), mix) in (first..).zip(&self.policy.concurrency).zip(&self.concurrency) {
             if !limit.scope.covers(subject.operation, subject.ip) {
                 continue;
             }
-            let key = mix.key(&parts, *salt);
+            let key = mix.key(&parts, Salt::NONE);
             let most = limit.most_for(subject.provider);
             let ticket = self.limiter.in_flight().enter(key, if limit.scope.enforce { most } else { u32::MAX });
-            let counters = counters.clone().nth(i);
+            let counters = self.counters.get(i);
             if ticket.as_ref().is_some_and(|ticket| ticket.count <= most) {
                 counters.inspect(|counters| counters.allowed.inc());
             } else {
@@ -290,15 +290,7 @@ impl Admission {
                 Outcome::Refused(wait) => {
                     let token_use = self.policy.token_use(limit, subject.operation);
                     token_helps &= matches!(token_use, TokenUse::TopUp(_));
-                    violated.push(Violated {
-                        policy: limit.scope.name.clone(),
-                        quota: u64::from(check.gcra.burst()),
-                        unit: limit.unit,
-                        window: Some(crate::problem::seconds_up(check.gcra.window()).max(1)),
-                        left: u64::from(wait.map_or(0, |wait| check.gcra.left(check.cost, wait))),
-                        partition: self.hasher.partition(check.key),
-                        retry_after: *wait,
-                    });
+                    violated.push(self.violated(&limit.scope.name, limit.unit, check, *wait));
                 }
                 Outcome::Allowed | Outcome::ToppedUp => {}
             }
@@ -306,6 +298,18 @@ impl Admission {
         match violated.is_empty() {
             true => Decision::Unavailable { policies: unavailable },
             false => Decision::Refuse { violated, token_helps },
+        }
+    }
+
+    fn violated(&self, policy: &str, unit: Unit, check: &Check, wait: Option<Duration>) -> Violated {
+        Violated {
+            policy: policy.to_owned(),
+            quota: u64::from(check.gcra.burst()),
+            unit,
+            window: Some(crate::problem::seconds_up(check.gcra.window()).max(1)),
+            left: u64::from(wait.map_or(0, |wait| check.gcra.left(check.cost, wait))),
+            partition: self.hasher.partition(check.key),
+            retry_after: wait,
         }
     }
 
@@ -352,9 +356,8 @@ impl Admission {
     /// The limit it exceeds.
     pub fn token_attempt(&self, ip: IpAddr, charge: bool) -> Result<(), Violated> {
         let Some(gcra) = Gcra::new(BAD_TOKENS, Duration::from_secs(60), BAD_TOKENS) else { return Ok(()) };
-        let key = self.hasher.source_key(ip);
         let check = Check {
-            key,
+            key: self.hasher.source_key(ip),
             gcra,
             cost: 1,
             enforce: true,
@@ -370,15 +373,7 @@ impl Admission {
             Outcome::Refused(wait) => *wait,
             _ => None,
         });
-        Err(Violated {
-            policy: "bad-tokens".into(),
-            quota: u64::from(BAD_TOKENS),
-            unit: Unit::Requests,
-            window: Some(60),
-            left: 0,
-            partition: self.hasher.partition(key),
-            retry_after,
-        })
+        Err(self.violated("bad-tokens", Unit::Requests, &check, retry_after))
     }
 
     /// Counts what the limits said of a request: refusals always, the rest only of requests that none refused.

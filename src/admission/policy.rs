@@ -164,8 +164,8 @@ impl Policy {
             || self.limits.iter().any(|l| l.token != TokenUse::Off)
     }
 
-    /// The limits' names, and whether each enforces; those with a rate first.
-    pub fn scopes(&self) -> impl Iterator<Item = &Scope> {
+    /// What each limit is about; those with a rate first.
+    pub fn scopes(&self) -> impl Iterator<Item = &Scope> + Clone {
         self.limits.iter().map(|l| &l.scope).chain(self.concurrency.iter().map(|c| &c.scope))
     }
 }

@@ -207,11 +207,7 @@ impl<'a> Resolver<'a> {
             peers: Peers { allow, named },
             max_body,
             policy,
-            limit_memory: file
-                .limits
-                .memory
-                .as_ref()
-                .map_or(64 << 20, |m| usize::try_from(m.get_ref().0).unwrap_or(usize::MAX)),
+            limit_memory: limit_memory(&file.limits),
             limit_store,
             privacy_pass,
             admin: admin?,
@@ -539,7 +535,7 @@ impl<'a> Resolver<'a> {
                 );
                 continue;
             };
-            if (rate.get_ref().octets, unit) != (unit == Unit::Octets, unit) {
+            if rate.get_ref().octets != (unit == Unit::Octets) {
                 self.wrong(rate, key("rate"), "the limit counts the one, octets or requests, and this the other");
             }
             let name = self.overridden(&of.provider, overrides.iter().map(|(name, _)| name), &key("provider"));
@@ -726,7 +722,6 @@ impl<'a> Resolver<'a> {
         if let Some(at) = table.lease_idle.as_ref().filter(|_| !leased) {
             self.hint(at, key("lease_idle"), "it is for mode = \"leased\"");
         }
-        let memory = limits.memory.as_ref().map_or(64 << 20, |m| usize::try_from(m.get_ref().0).unwrap_or(usize::MAX));
         let settings = fleet::Settings {
             nodes,
             cluster: table.cluster,
@@ -745,7 +740,7 @@ impl<'a> Resolver<'a> {
                 },
             },
             // What a node remembers of a key takes 200 octets or so: less room than the memory it falls back to.
-            keys: memory / 512,
+            keys: limit_memory(limits) / 512,
         };
         Some((settings, secret))
     }
@@ -845,6 +840,11 @@ impl<'a> Resolver<'a> {
         let spent = table.spent_tokens.as_ref().map_or(1_000_000, |spent| *spent.get_ref());
         Some(Origin::new(Challenges::new(origin, table.epoch.0, &secret, issuers), spent))
     }
+}
+
+/// Octets of the limits' state on this node.
+fn limit_memory(limits: &file::Limits) -> usize {
+    limits.memory.as_ref().map_or(64 << 20, |memory| usize::try_from(memory.get_ref().0).unwrap_or(usize::MAX))
 }
 
 fn names(names: impl Iterator<Item = &'static str>) -> String {

@@ -43,7 +43,7 @@ impl Default for InFlight {
 
 impl InFlight {
     fn shard(&self, key: Key) -> Option<&<ParkingLot as Locks>::Mutex<HashMap<Key, u32>>> {
-        self.0.get(key.0 as usize % SHARDS)
+        self.0.get(key.shard(SHARDS))
     }
 
     /// One more, if there are no more than `most` with it.

@@ -200,11 +200,6 @@ impl<L: Locks> Memory<L> {
         self.shards.len() * (self.buckets * size_of::<Bucket>() + size_of::<L::Mutex<Shard>>())
     }
 
-    #[inline]
-    fn shard_of(&self, key: Key) -> usize {
-        ((u64::from(key.0 as u32) * self.shards.len() as u64) >> 32) as usize
-    }
-
     /// The two buckets a key may be in. They come from other bits than the shard, and say nothing of each other.
     #[inline]
     fn buckets_of(&self, (high, low): (u64, u64)) -> (usize, usize) {
@@ -222,7 +217,7 @@ impl<L: Locks> Memory<L> {
             .map(|key| {
                 let words = ((key.0 >> 64) as u64, key.0 as u64);
                 let (first, second) = self.buckets_of(words);
-                let shard = self.shard_of(key) as u32;
+                let shard = key.shard(self.shards.len()) as u32;
                 wanted.push(shard);
                 // A shard has less than 2^32 buckets: they would be half a tebioctet.
                 Spot { held: shard, first: first as u32, second: second as u32, words }

@@ -23,6 +23,39 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key(pub u128);
 
+impl Key {
+    /// Which of so many shards its state is in.
+    #[inline]
+    fn shard(self, shards: usize) -> usize {
+        ((u64::from(self.0 as u32) * shards as u64) >> 32) as usize
+    }
+}
+
+/// Nanoseconds, as clocks and limits count them.
+#[inline]
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// A node's clock: nanoseconds since it was made; never 0, which has always passed.
+#[derive(Debug, Clone, Copy)]
+struct Clock(Instant);
+
+impl Clock {
+    fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    #[inline]
+    fn at(&self, at: Instant) -> u64 {
+        nanos(at.saturating_duration_since(self.0)).saturating_add(1)
+    }
+
+    fn now(&self) -> u64 {
+        self.at(Instant::now())
+    }
+}
+
 /// What holds for a limit while the fleet's store does not answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnFailure {
@@ -110,7 +143,7 @@ pub struct Limiter {
     memory: Arc<Memory>,
     in_flight: InFlight,
     fleet: Option<Fleet>,
-    started: Instant,
+    clock: Clock,
 }
 
 // === impl Ask ===
@@ -154,14 +187,7 @@ fn all_pass(checks: &[Check], outcomes: &Outcomes) -> bool {
 impl Limiter {
     /// Limits in this node's memory; in a fleet's store if there is one, with the memory to fall back to.
     pub fn new(memory: Memory, fleet: Option<Fleet>) -> Self {
-        Self { memory: Arc::new(memory), in_flight: InFlight::default(), fleet, started: Instant::now() }
-    }
-
-    /// Nanoseconds of this node's clock; never 0, which has always passed.
-    #[inline]
-    fn clock(&self, at: Instant) -> u64 {
-        let since = at.saturating_duration_since(self.started);
-        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX).saturating_add(1)
+        Self { memory: Arc::new(memory), in_flight: InFlight::default(), fleet, clock: Clock::start() }
     }
 
     /// Asks all checks of a request together. Charges them, if that is asked for and every enforced one lets the request
@@ -169,7 +195,7 @@ impl Limiter {
     /// request first asked: it waits for a store no longer than its time-out after that, however often it asks.
     pub async fn decide(&self, at: Instant, ask: &Ask<'_>, outcomes: &mut Outcomes) -> (bool, Decided) {
         match &self.fleet {
-            None => (self.memory.decide(self.clock(at), ask, outcomes), Decided::ByStore),
+            None => (self.memory.decide(self.clock.at(at), ask, outcomes), Decided::ByStore),
             Some(fleet) => match fleet.decide(at, ask, outcomes).await {
                 Ok(pass) => (pass, Decided::ByStore),
                 Err(fleet::Gone) => (self.decide_without_store(at, ask, outcomes), Decided::WithoutStore),
@@ -179,7 +205,7 @@ impl Limiter {
 
     /// Asks this node's own memory, wherever limits are kept.
     pub fn decide_here(&self, ask: &Ask<'_>, outcomes: &mut Outcomes) -> bool {
-        self.memory.decide(self.clock(Instant::now()), ask, outcomes)
+        self.memory.decide(self.clock.now(), ask, outcomes)
     }
 
     #[cold]
@@ -189,7 +215,7 @@ impl Limiter {
         let closed = ask.checks.iter().any(|check| check.enforce && check.on_failure == OnFailure::Closed);
         let mut said = Outcomes::new();
         let here = Ask { checks: &local, charge: ask.charge && !closed, ..*ask };
-        self.memory.decide(self.clock(at), &here, &mut said);
+        self.memory.decide(self.clock.at(at), &here, &mut said);
         let mut said = said.into_iter();
         outcomes.clear();
         outcomes.extend(ask.checks.iter().map(|check| match check.on_failure {
@@ -202,7 +228,7 @@ impl Limiter {
 
     /// Charges what has been used already, whether or not there is so much. A fleet's store hears of it later.
     pub fn charge(&self, ask: &Ask<'_>) {
-        let now = self.clock(Instant::now());
+        let now = self.clock.now();
         match &self.fleet {
             None => self.memory.charge(now, ask.checks),
             Some(fleet) => {

@@ -11,6 +11,7 @@ use crate::admission::{LimitCounters, Policy, Scope};
 use crate::dialect::{self, Endpoint};
 use crate::limiter::{OnFailure, fleet};
 use crate::problem;
+use prometheus::core::Collector;
 use prometheus::{
     Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
 };
@@ -79,6 +80,12 @@ const BUCKETS: &[f64] = &[
     0.5, 1.0, 5.0,
 ];
 
+/// A metric, in a registry.
+fn registered<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> Result<C, prometheus::Error> {
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
 impl Metrics {
     /// Metrics in a registry of their own, all series of the program's own labels there from the start.
     ///
@@ -86,24 +93,14 @@ impl Metrics {
     /// A name is taken twice: a fault of this function.
     pub fn new(named_providers: &[String]) -> Result<Self, prometheus::Error> {
         let registry = Registry::new_custom(Some("moh_gateway".into()), None)?;
-        let counters = |name: &str, help: &str, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
-            let vec = IntCounterVec::new(Opts::new(name, help), labels)?;
-            registry.register(Box::new(vec.clone()))?;
-            Ok(vec)
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            registered(&registry, IntCounterVec::new(Opts::new(name, help), labels)?)
         };
-        let counter = |name: &str, help: &str| -> Result<IntCounter, prometheus::Error> {
-            let counter = IntCounter::new(name, help)?;
-            registry.register(Box::new(counter.clone()))?;
-            Ok(counter)
-        };
-        let gauge = |name: &str, help: &str| -> Result<IntGauge, prometheus::Error> {
-            let gauge = IntGauge::new(name, help)?;
-            registry.register(Box::new(gauge.clone()))?;
-            Ok(gauge)
-        };
+        let counter = |name: &str, help: &str| registered(&registry, IntCounter::new(name, help)?);
+        let gauge = |name: &str, help: &str| registered(&registry, IntGauge::new(name, help)?);
         let histograms = |name: &str, help: &str| -> Result<Vec<(&'static str, Histogram)>, prometheus::Error> {
-            let vec = HistogramVec::new(HistogramOpts::new(name, help).buckets(BUCKETS.to_vec()), &["endpoint"])?;
-            registry.register(Box::new(vec.clone()))?;
+            let options = HistogramOpts::new(name, help).buckets(BUCKETS.to_vec());
+            let vec = registered(&registry, HistogramVec::new(options, &["endpoint"])?)?;
             Ok(dialect::endpoints().map(|e| (e.name, vec.with_label_values(&[e.name]))).collect())
         };
         let requests = counters(
@@ -208,31 +205,22 @@ impl Metrics {
     /// # Errors
     /// They are registered twice.
     pub fn store(&self) -> Result<fleet::Metrics, prometheus::Error> {
-        let calls = IntCounterVec::new(
-            Opts::new(
-                "limit_store_calls_total",
-                "Calls to the limits' store by result: ok, error, timeout, skipped (it is known not to answer).",
-            ),
-            &["result"],
-        )?;
-        self.registry.register(Box::new(calls.clone()))?;
+        let calls = Opts::new(
+            "limit_store_calls_total",
+            "Calls to the limits' store by result: ok, error, timeout, skipped (it is known not to answer).",
+        );
+        let seconds = HistogramOpts::new("limit_store_seconds", "How long calls to the limits' store take.");
         let up = IntGauge::new("limit_store_up", "1 while requests ask the limits' store, 0 while it is left out.")?;
-        self.registry.register(Box::new(up.clone()))?;
         let opened = IntCounter::new("limit_store_failures_total", "How often the limits' store was given up.")?;
-        self.registry.register(Box::new(opened.clone()))?;
-        let seconds = Histogram::with_opts(
-            HistogramOpts::new("limit_store_seconds", "How long calls to the limits' store take.")
-                .buckets(BUCKETS.to_vec()),
-        )?;
-        self.registry.register(Box::new(seconds.clone()))?;
+        let calls = registered(&self.registry, IntCounterVec::new(calls, &["result"])?)?;
         Ok(fleet::Metrics {
-            up,
-            opened,
+            up: registered(&self.registry, up)?,
+            opened: registered(&self.registry, opened)?,
             ok: calls.with_label_values(&["ok"]),
             errors: calls.with_label_values(&["error"]),
             timeouts: calls.with_label_values(&["timeout"]),
             skipped: calls.with_label_values(&["skipped"]),
-            seconds,
+            seconds: registered(&self.registry, Histogram::with_opts(seconds.buckets(BUCKETS.to_vec()))?)?,
         })
     }
 

@@ -4,7 +4,7 @@
 //! not reach the store. But an operator may empty it, and nodes that lease give back what they do not use: after a second the
 //! store is asked again. When it was away nothing is remembered of it.
 
-use super::{Check, Key, Outcome, Outcomes, is_final, shard_of};
+use super::{Check, Key, Outcome, Outcomes, is_final, nanos};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::time::Duration;
@@ -48,7 +48,7 @@ impl Denials {
         outcomes.clear();
         let mut refused = false;
         for check in checks {
-            let shard = self.shards.get(shard_of(check.key, SHARDS));
+            let shard = self.shards.get(check.key.shard(SHARDS));
             let until = shard.and_then(|shard| shard.lock().until.get(&check.key).copied());
             outcomes.push(match until {
                 Some((believed, until)) if believed > now && is_final(check) && check.cost <= check.gcra.burst() => {
@@ -70,13 +70,13 @@ impl Denials {
             if check.cost != 1 || !is_final(check) {
                 continue;
             }
-            let Some(mut shard) = self.shards.get(shard_of(check.key, SHARDS)).map(Mutex::lock) else { continue };
+            let Some(mut shard) = self.shards.get(check.key.shard(SHARDS)).map(Mutex::lock) else { continue };
             if shard.until.len() >= self.room && shard.full_until <= sent {
                 shard.until.retain(|_, (believed, _)| *believed > sent);
                 shard.full_until = sent.saturating_add(FULL_FOR);
             }
             if shard.until.len() < self.room {
-                let until = sent.saturating_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX));
+                let until = sent.saturating_add(nanos(*wait));
                 shard.until.insert(check.key, (until.min(sent.saturating_add(BELIEVED)), until));
             }
         }

@@ -9,7 +9,7 @@
 //! What a node has not used for a while it gives back; what it held when it ended comes back at the limit's rate.
 
 use super::store::{Call, Gone};
-use super::{Shared, shard_of, window};
+use super::{Shared, nanos, window};
 use crate::limiter::gcra::Gcra;
 use crate::limiter::{Ask, Key, Outcome, Outcomes, all_pass};
 use parking_lot::{Mutex, MutexGuard};
@@ -117,7 +117,7 @@ impl Leases {
             // What is answered from here on is not missed.
             answered.as_mut().enable();
             let up = !shared.remote.breaker.is_open();
-            match self.attempt(shared.now(), up, ask, outcomes) {
+            match self.attempt(shared.clock.now(), up, ask, outcomes) {
                 Tried::Decided(pass) => return Ok(pass),
                 Tried::Waiting if !up => {
                     shared.remote.metrics.skipped.inc();
@@ -133,7 +133,7 @@ impl Leases {
     }
 
     fn lock(&self, keys: impl Iterator<Item = Key>) -> Guards<'_> {
-        let mut wanted: SmallVec<[usize; 24]> = keys.map(|key| shard_of(key, SHARDS)).collect();
+        let mut wanted: SmallVec<[usize; 24]> = keys.map(|key| key.shard(SHARDS)).collect();
         wanted.sort_unstable();
         wanted.dedup();
         wanted.into_iter().filter_map(|i| Some((i, self.shards.get(i)?.lock()))).collect()
@@ -256,19 +256,18 @@ impl Leases {
 
     /// What the store has answered: cells granted, and until when there are no more of them. None: it has not.
     fn answered(&self, want: &Want, sent: u64, answer: Option<(i64, i64)>) {
-        let Some(mut shard) = self.shards.get(shard_of(want.key, SHARDS)).map(Mutex::lock) else { return };
+        let Some(mut shard) = self.shards.get(want.key.shard(SHARDS)).map(Mutex::lock) else { return };
         let Some(lease) = shard.get_mut(&want.key) else { return };
         lease.asked = false;
         let Some((granted, wait)) = answer else { return };
         lease.cells = lease.cells.saturating_add(u32::try_from(granted).unwrap_or(0));
-        let pace = u64::try_from(PACE.as_nanos()).unwrap_or(0);
+        let pace = nanos(PACE);
         if granted < want.cells {
             lease.quiet_until = sent.saturating_add(pace);
         }
         if let Ok(wait @ 1..) = u64::try_from(wait) {
             lease.denied_until = sent.saturating_add(wait.saturating_mul(1000)).saturating_add(pace);
-            let idle = u64::try_from(self.idle.as_nanos()).unwrap_or(u64::MAX);
-            lease.believed_until = lease.denied_until.min(sent.saturating_add(idle));
+            lease.believed_until = lease.denied_until.min(sent.saturating_add(nanos(self.idle)));
             lease.denied = want.need;
         }
     }
@@ -280,7 +279,7 @@ impl Leases {
 
     /// What has not been used for a while.
     fn idle(&self, now: u64) -> Vec<Want> {
-        let idle = u64::try_from(self.idle.as_nanos()).unwrap_or(u64::MAX);
+        let idle = nanos(self.idle);
         let mut wants = vec![];
         for shard in &self.shards {
             shard.lock().retain(|key, lease| {
@@ -303,12 +302,12 @@ impl Leases {
 }
 
 fn shard<'a>(guards: &'a Guards<'_>, key: Key) -> Option<&'a HashMap<Key, Lease>> {
-    let wanted = shard_of(key, SHARDS);
+    let wanted = key.shard(SHARDS);
     guards.iter().find(|(i, _)| *i == wanted).map(|(_, shard)| &**shard)
 }
 
 fn shard_mut<'a>(guards: &'a mut Guards<'_>, key: Key) -> Option<&'a mut HashMap<Key, Lease>> {
-    let wanted = shard_of(key, SHARDS);
+    let wanted = key.shard(SHARDS);
     guards.iter_mut().find(|(i, _)| *i == wanted).map(|(_, shard)| &mut **shard)
 }
 
@@ -333,7 +332,7 @@ pub(super) async fn give_back(shared: Arc<Shared>) {
     let Some(leases) = &shared.leases else { return };
     loop {
         tokio::time::sleep(leases.idle / 4).await;
-        for want in leases.idle(shared.now()) {
+        for want in leases.idle(shared.clock.now()) {
             let _ = leases.wants.send(want);
         }
     }
@@ -350,7 +349,7 @@ impl Shared {
             call.arg(want.cells);
             call.arg(want.need.saturating_sub(want.held));
         }
-        let (sent, deadline) = (self.now(), Instant::now() + self.remote.settings().timeout);
+        let (sent, deadline) = (self.clock.now(), Instant::now() + self.remote.settings().timeout);
         let answers = self.remote.call(&self.lease, &call, deadline).await.unwrap_or_default();
         let (pairs, _) = answers.as_chunks::<2>();
         for (i, want) in wants.iter().enumerate().filter(|(_, want)| want.cells > 0) {

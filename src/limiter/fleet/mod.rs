@@ -18,7 +18,7 @@ mod store;
 pub use store::Gone;
 
 use super::gcra::Gcra;
-use super::{Ask, Check, Key, Outcome, Outcomes, all_pass};
+use super::{Ask, Check, Clock, Key, Outcome, Outcomes, all_pass, nanos};
 use denials::Denials;
 use leases::Leases;
 use std::sync::Arc;
@@ -101,12 +101,12 @@ pub struct Fleet {
 }
 
 struct Shared {
-    remote: Arc<Remote>,
+    remote: Remote,
     decide: Script,
     lease: Script,
     denials: Denials,
     leases: Option<Leases>,
-    started: Instant,
+    clock: Clock,
 }
 
 impl std::fmt::Debug for Fleet {
@@ -125,7 +125,7 @@ impl std::fmt::Display for Micros {
 }
 
 fn window(gcra: &Gcra) -> Micros {
-    Micros(u64::try_from(gcra.window().as_nanos()).unwrap_or(u64::MAX))
+    Micros(nanos(gcra.window()))
 }
 
 // === impl Fleet ===
@@ -147,11 +147,11 @@ impl Fleet {
         };
         let shared = Arc::new(Shared {
             denials: Denials::new(settings.keys),
-            remote: Arc::new(Remote::new(settings, metrics)),
+            remote: Remote::new(settings, metrics),
             decide: Script::new(include_str!("decide.lua")),
             lease: Script::new(include_str!("lease.lua")),
             leases,
-            started: Instant::now(),
+            clock: Clock::start(),
         });
         let own = shared.clone();
         std::thread::Builder::new().name("limits-store".into()).spawn(move || {
@@ -199,11 +199,6 @@ impl Fleet {
 // === impl Shared ===
 
 impl Shared {
-    /// Nanoseconds of this node's clock; never 0.
-    fn now(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX).saturating_add(1)
-    }
-
     /// The name of a state in the store. Keys of one request have one hash tag, which is what a cluster chooses the slot by.
     fn name(&self, key: Key, partition: u64) -> Vec<u8> {
         let settings = self.remote.settings();
@@ -211,10 +206,7 @@ impl Shared {
         name.extend(settings.prefix.as_bytes());
         match settings.partition_by_provider {
             true => name.extend(format!(":{{{partition:016x}}}:").bytes()),
-            false => name.extend(b":{}:".iter().flat_map(|octet| match octet {
-                b'{' => &b"{limits"[..],
-                other => std::slice::from_ref(other),
-            })),
+            false => name.extend(b":{limits}:"),
         }
         name.extend(key.0.to_be_bytes());
         name
@@ -261,11 +253,11 @@ impl Shared {
 
     async fn decide_strictly(&self, deadline: Instant, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Result<bool, Gone> {
         let up = !self.remote.breaker.is_open();
-        if up && self.denials.refuse(self.now(), ask.checks, outcomes) {
+        if up && self.denials.refuse(self.clock.now(), ask.checks, outcomes) {
             return Ok(false);
         }
         let call = self.call(ask, u8::from(ask.charge));
-        let sent = self.now();
+        let sent = self.clock.now();
         let answers = self.remote.call(&self.decide, &call, deadline).await?;
         if answers.len() != ask.checks.len() {
             return Err(Gone);
@@ -280,11 +272,6 @@ impl Shared {
         self.denials.learn(sent, ask.checks, outcomes);
         Ok(all_pass(ask.checks, outcomes))
     }
-}
-
-/// Which of some locks a key's state is behind.
-fn shard_of(key: Key, shards: usize) -> usize {
-    ((u64::from(key.0 as u32) * shards as u64) >> 32) as usize
 }
 
 /// A check whose refusal nothing makes up for.
