@@ -2,21 +2,21 @@
 //! process of its own, configured from here.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use http::Method;
 use tempfile::TempDir;
-use tokio::process::{Child, Command};
+use tokio::process::Child;
 
 use crate::Error;
 use crate::support::client::Client;
 use crate::support::delivery::Delivery;
 use crate::support::ds::Ds;
 use crate::support::pki::{Ca, Identity};
+use crate::support::program;
 use crate::support::tokens::{self, Issuer};
 
 /// The rest of the configuration is the gateway's defaults; conf/gateway.toml explains every key.
@@ -100,9 +100,6 @@ threads = 2
 /// How many operations a member may make at once.
 pub const MEMBER_BURST: usize = 8;
 
-/// How long the gateway may take until it is ready.
-const READY_WITHIN: Duration = Duration::from_secs(10);
-
 /// What is running. Dropped, it ends: the gateway is killed, the directory removed.
 pub struct Stage {
     /// The gateway, where strangers come in.
@@ -124,17 +121,7 @@ impl Stage {
     /// Starts everything and waits until the gateway is ready.
     pub async fn set(gateway: Option<&Path>) -> Result<Stage, Error> {
         let begun = Instant::now();
-        let program = match gateway {
-            Some(path) => path.to_owned(),
-            None => beside_this_program()?,
-        };
-        if !program.is_file() {
-            return Err(format!(
-                "no gateway at {}: `cargo build` makes it, or name one with --gateway",
-                program.display()
-            )
-            .into());
-        }
+        let program = program::find(gateway)?;
         let dir = TempDir::with_prefix("moh-gateway-demo-")?;
         let ca = Ca::new("Federation of the demo");
         ca.write(dir.path(), "federation-ca");
@@ -146,53 +133,22 @@ impl Stage {
 
         let delivery = Arc::new(Delivery::new());
         let [one, two] = [Ds::start_with(delivery.clone()).await, Ds::start_with(delivery.clone()).await];
-        let [addr, admin] = free_addresses()?;
+        let [addr, admin] = program::free_addresses()?;
         let configuration = CONFIGURATION
             .replace("{listener}", &addr.to_string())
             .replace("{admin}", &admin.to_string())
             .replace("{node1}", &one.addr.to_string())
             .replace("{node2}", &two.addr.to_string())
             .replace("{member_burst}", &MEMBER_BURST.to_string());
-        let file = dir.path().join("gateway.toml");
-        fs::write(&file, configuration)?;
-
-        let log = fs::File::create(dir.path().join("gateway.log"))?;
-        let gateway = Command::new(&program)
-            .args(["run", "--config"])
-            .arg(&file)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(|error| format!("{}: {error}", program.display()))?;
+        let gateway = program::start(&program, dir.path(), &configuration)?;
         println!("DS nodes of b.example   {} (HTTP/1.1), {} (h2c)", one.addr, two.addr);
         let local = one.addr;
         let nodes = [one, two];
         let mut stage = Stage { addr, admin, local, gateway, nodes, delivery, issuer, ca_pem: ca.pem(), guest, dir };
-        stage.ready().await?;
+        program::ready(&mut stage.gateway, admin, stage.dir.path()).await?;
         println!("gateway of b.example    {addr}, admin {admin}: ready after {} ms", begun.elapsed().as_millis());
-        println!("its configuration       {}", file.display());
+        println!("its configuration       {}", stage.path("gateway.toml").display());
         Ok(stage)
-    }
-
-    async fn ready(&mut self) -> Result<(), Error> {
-        let admin = Client::plain(self.admin).http1().timeout(Duration::from_secs(1));
-        let deadline = Instant::now() + READY_WITHIN;
-        loop {
-            if let Ok(response) = admin.send(Method::GET, "/readyz", "").await
-                && response.status == 200
-            {
-                return Ok(());
-            }
-            if let Some(status) = self.gateway.try_wait()? {
-                return Err(format!("the gateway ended ({status}):\n{}", self.log()).into());
-            }
-            if Instant::now() > deadline {
-                return Err(format!("the gateway is not ready after {READY_WITHIN:?}:\n{}", self.log()).into());
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
     }
 
     /// A client of the gateway, with no certificate, over HTTP/2.
@@ -221,10 +177,7 @@ impl Stage {
 
     /// The end of what the gateway said.
     pub fn log(&self) -> String {
-        let log = fs::read(self.path("gateway.log")).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log);
-        let skipped = log.lines().count().saturating_sub(40);
-        log.lines().skip(skipped).collect::<Vec<_>>().join("\n")
+        program::log(self.dir.path())
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -277,23 +230,4 @@ impl Stage {
             node.stop().await;
         }
     }
-}
-
-/// `target/<profile>/moh-gateway`, this being `target/<profile>/examples/demo`.
-fn beside_this_program() -> Result<PathBuf, Error> {
-    let this = std::env::current_exe()?;
-    let profile = this.parent().and_then(Path::parent).ok_or("this program has no place")?;
-    Ok(profile.join("moh-gateway"))
-}
-
-/// Addresses on the loopback that nobody listens at.
-fn free_addresses<const N: usize>() -> Result<[SocketAddr; N], Error> {
-    let mut listeners = Vec::new();
-    let mut addresses = [SocketAddr::from(([127, 0, 0, 1], 0)); N];
-    for address in &mut addresses {
-        let listener = TcpListener::bind(*address)?;
-        *address = listener.local_addr()?;
-        listeners.push(listener);
-    }
-    Ok(addresses)
 }

@@ -1,7 +1,7 @@
 //! Limits that a fleet shares: gateways over a real Redis, with TLS, as a cluster, leased; and Redis gone in every way it
 //! goes, under load, with every request counted.
 
-use crate::harness::{Gateway, Setup, ca, message_in};
+use crate::harness::{Gateway, Setup, ca, limit, message_in};
 use crate::support::client::Client;
 use crate::support::ds::Ds;
 use crate::support::encode;
@@ -61,20 +61,13 @@ async fn hammer(clients: Vec<Client>, group: &'static [u8], each: u32) -> (usize
     (tasks.join_all().await.into_iter().sum(), asked)
 }
 
-fn limit(name: &str, rate: &str, burst: u32, more: &str) -> String {
-    format!(
-        "[[limit]]\nname = \"{name}\"\noperations = [\"send_message\"]\nkey = [\"group\"]\nrate = \"{rate}\"\nburst = \
-         {burst}\n{more}\n"
-    )
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn two_gateways_over_one_redis_admit_what_one_would() {
     let (ds, redis) = (Ds::start().await, Redis::start().await);
     // One limit that refuses, one that is charged with it or not at all, a shadow beside.
-    let limits = limit("narrow", "1/h", 60, "")
-        + &limit("wide", "1/h", 100, "").replace("[\"group\"]", "[\"provider\"]")
-        + &limit("trial", "1/h", 5, "mode = \"shadow\"");
+    let limits = limit("narrow", "group", "1/h", 60, "")
+        + &limit("wide", "provider", "1/h", 100, "")
+        + &limit("trial", "group", "1/h", 5, "mode = \"shadow\"");
     let store = nodes(&[redis.addr()]);
     let (one, two) = (gateway(&ds, &store, &limits).await, gateway(&ds, &store, &limits).await);
     until_up(&one).await;
@@ -107,7 +100,7 @@ async fn two_gateways_over_one_redis_admit_what_one_would() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_waits_as_long_as_told_is_let_in_by_the_servers_clock() {
     let (ds, redis) = (Ds::start().await, Redis::start().await);
-    let gateway = gateway(&ds, &nodes(&[redis.addr()]), &limit("l", "1/s", 3, "")).await;
+    let gateway = gateway(&ds, &nodes(&[redis.addr()]), &limit("l", "group", "1/s", 3, "")).await;
     until_up(&gateway).await;
     let client = gateway.peer();
     let send = || async { client.send(Method::POST, "/group_operation", message_in(b"g", 1)).await.unwrap() };
@@ -124,7 +117,8 @@ async fn who_waits_as_long_as_told_is_let_in_by_the_servers_clock() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_script_is_sent_again() {
     let (ds, redis) = (Ds::start().await, Redis::start().await);
-    let gateway = gateway(&ds, &nodes(&[redis.addr()]), &limit("l", "1/h", 30, "on_store_failure = \"closed\"")).await;
+    let gateway =
+        gateway(&ds, &nodes(&[redis.addr()]), &limit("l", "group", "1/h", 30, "on_store_failure = \"closed\"")).await;
     until_up(&gateway).await;
     let mut admitted = 0;
     for _ in 0..4 {
@@ -138,7 +132,7 @@ async fn a_lost_script_is_sent_again() {
 async fn with_tls_user_and_password_and_without_the_right_one() {
     let (ds, redis) = (Ds::start().await, Redis::start_tls(ca(), "limits", "correct horse").await);
     let store = nodes(&[redis.addr()]) + "\ntls_ca = \"ca.pem\"\nusername = \"limits\"\npassword_file = \"password\"";
-    let limits = limit("l", "1/h", 5, "on_store_failure = \"closed\"");
+    let limits = limit("l", "group", "1/h", 5, "on_store_failure = \"closed\"");
     let good = gateway(&ds, &store, &limits).await;
     until_up(&good).await;
     assert_eq!(hammer(vec![good.peer(), good.peer()], b"g", 8).await.0, 5);
@@ -163,8 +157,7 @@ async fn over_a_cluster_in_one_slot_or_one_a_provider() {
     for partition in ["none", "provider"] {
         let store = nodes(&cluster.addrs())
             + &format!("\ncluster = true\nprefix = \"moh-{partition}\"\npartition = \"{partition}\"");
-        let limits =
-            limit("narrow", "1/h", 20, "") + &limit("wide", "1/h", 30, "").replace("[\"group\"]", "[\"provider\"]");
+        let limits = limit("narrow", "group", "1/h", 20, "") + &limit("wide", "provider", "1/h", 30, "");
         let (one, two) = (gateway(&ds, &store, &limits).await, gateway(&ds, &store, &limits).await);
         until_up(&one).await;
         until_up(&two).await;
@@ -197,7 +190,7 @@ async fn leases_admit_at_most_a_batch_a_node_more_and_ask_seldom() {
     let (ds, redis) = (Ds::start().await, Redis::start().await);
     let (rate, burst, share) = (100, 400, 10);
     let store = nodes(&[redis.addr()]) + &format!("\nmode = \"leased\"\nlease_share = {share}");
-    let limits = limit("hot", &format!("{rate}/s"), burst, "");
+    let limits = limit("hot", "group", &format!("{rate}/s"), burst, "");
     let (one, two) = (gateway(&ds, &store, &limits).await, gateway(&ds, &store, &limits).await);
     until_up(&one).await;
     until_up(&two).await;
@@ -222,7 +215,7 @@ async fn leases_admit_at_most_a_batch_a_node_more_and_ask_seldom() {
 async fn what_a_node_has_leased_and_not_used_it_gives_back() {
     let (ds, redis) = (Ds::start().await, Redis::start().await);
     let store = nodes(&[redis.addr()]) + "\nmode = \"leased\"\nlease_share = 2\nlease_idle = \"400ms\"";
-    let limits = limit("l", "1/h", 40, "");
+    let limits = limit("l", "group", "1/h", 40, "");
     let (one, two) = (gateway(&ds, &store, &limits).await, gateway(&ds, &store, &limits).await);
     until_up(&one).await;
     until_up(&two).await;
@@ -238,8 +231,7 @@ async fn what_a_node_has_leased_and_not_used_it_gives_back() {
 async fn leased_limits_are_all_or_none_too() {
     let (ds, redis) = (Ds::start().await, Redis::start().await);
     let store = nodes(&[redis.addr()]) + "\nmode = \"leased\"\nlease_share = 4\nlease_idle = \"200ms\"";
-    let limits =
-        limit("narrow", "1/h", 20, "") + &limit("wide", "1/h", 30, "").replace("[\"group\"]", "[\"provider\"]");
+    let limits = limit("narrow", "group", "1/h", 20, "") + &limit("wide", "provider", "1/h", 30, "");
     let gateway = gateway(&ds, &store, &limits).await;
     until_up(&gateway).await;
     assert_eq!(hammer(vec![gateway.peer(), gateway.peer()], b"g", 30).await.0, 20);
@@ -250,7 +242,7 @@ async fn leased_limits_are_all_or_none_too() {
 async fn what_is_given_back_another_node_may_have_though_it_was_refused() {
     let (ds, redis) = (Ds::start().await, Redis::start().await);
     let store = nodes(&[redis.addr()]) + "\nmode = \"leased\"\nlease_share = 2\nlease_idle = \"500ms\"";
-    let limits = limit("l", "1/h", 40, "");
+    let limits = limit("l", "group", "1/h", 40, "");
     let (one, two) = (gateway(&ds, &store, &limits).await, gateway(&ds, &store, &limits).await);
     until_up(&one).await;
     until_up(&two).await;
@@ -310,7 +302,7 @@ async fn of_several_servers_the_first_that_takes_writes() {
     assert_eq!(replica.cli(&["REPLICAOF", &good.addr().ip().to_string(), &port]).await, "OK");
     frozen.stop();
     let store = nodes(&[frozen.addr(), replica.addr(), good.addr()]);
-    let gateway = gateway(&ds, &store, &limit("l", "1/h", 3, "on_store_failure = \"closed\"")).await;
+    let gateway = gateway(&ds, &store, &limit("l", "group", "1/h", 3, "on_store_failure = \"closed\"")).await;
     until_up(&gateway).await;
     assert_eq!(hammer(vec![gateway.peer()], b"g", 5).await.0, 3);
     assert!(good.calls_of("evalsha").await > 0);

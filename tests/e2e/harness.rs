@@ -5,6 +5,7 @@ use crate::support::ds::Ds;
 use crate::support::encode::{self, SenderId};
 use crate::support::mls;
 use crate::support::pki::{Ca, Identity};
+use crate::support::program::own_ip;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -76,13 +77,7 @@ pub struct Gateway {
 }
 
 fn free_port() -> SocketAddr {
-    // Each test process has a loopback address of its own, so that no other takes the port in between.
-    static OWN: OnceLock<[u8; 4]> = OnceLock::new();
-    let own = OWN.get_or_init(|| {
-        let pid = std::process::id();
-        [127, 10 + (pid >> 14) as u8 % 100, (pid >> 7) as u8 & 0x7f, 1 + (pid as u8 & 0x7f)]
-    });
-    TcpListener::bind(SocketAddr::from((*own, 0))).unwrap().local_addr().unwrap()
+    TcpListener::bind((own_ip(), 0)).unwrap().local_addr().unwrap()
 }
 
 impl Gateway {
@@ -270,6 +265,14 @@ threads = 2
     let path = dir.join("gateway.toml");
     std::fs::write(&path, text).unwrap();
     path
+}
+
+/// A limit of messages.
+pub fn limit(name: &str, key: &str, rate: &str, burst: u32, more: &str) -> String {
+    format!(
+        "[[limit]]\nname = \"{name}\"\noperations = [\"send_message\"]\nkey = [\"{key}\"]\nrate = \"{rate}\"\nburst = \
+         {burst}\n{more}\n"
+    )
 }
 
 /// Real MLS objects, made once.

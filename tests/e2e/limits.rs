@@ -1,6 +1,6 @@
 //! Limits over TLS.
 
-use crate::harness::{Gateway, Setup, ca, message_in};
+use crate::harness::{Gateway, Setup, ca, limit, message_in};
 use crate::support::client::{Client, Response};
 use crate::support::ds::Ds;
 use crate::support::encode;
@@ -75,28 +75,10 @@ burst = 3
 #[tokio::test]
 async fn together_or_not_at_all_and_shadows_beside() {
     let ds = Ds::start().await;
-    let limits = r#"
-[[limit]]
-name = "group"
-operations = ["send_message"]
-key = ["group"]
-rate = "1/h"
-burst = 5
-[[limit]]
-name = "member"
-operations = ["send_message"]
-key = ["member"]
-rate = "1/h"
-burst = 2
-[[limit]]
-name = "trial"
-operations = ["send_message"]
-key = ["ip"]
-rate = "1/h"
-burst = 1
-mode = "shadow"
-"#;
-    let gateway = Gateway::start(Setup::of(&ds).with(limits)).await;
+    let limits = limit("group", "group", "1/h", 5, "")
+        + &limit("member", "member", "1/h", 2, "")
+        + &limit("trial", "ip", "1/h", 1, "mode = \"shadow\"");
+    let gateway = Gateway::start(Setup::of(&ds).with(&limits)).await;
     let client = gateway.peer();
     for expected in [200, 200, 429, 429, 429, 429, 429, 429] {
         assert_eq!(status(&client, message_in(b"g", 1)).await, expected);
@@ -187,9 +169,7 @@ burst = 1
 #[tokio::test]
 async fn of_many_at_once_exactly_the_burst_passes() {
     let ds = Ds::start().await;
-    let limit =
-        "[[limit]]\nname = \"group\"\noperations = [\"send_message\"]\nkey = [\"group\"]\nrate = \"1/h\"\nburst = 40";
-    let gateway = Gateway::start(Setup::of(&ds).with(limit)).await;
+    let gateway = Gateway::start(Setup::of(&ds).with(&limit("group", "group", "1/h", 40, ""))).await;
     let clients: Vec<_> = (0..4).map(|i| if i % 2 == 0 { gateway.peer() } else { gateway.peer().http1() }).collect();
     let mut tasks = tokio::task::JoinSet::new();
     for client in clients {
@@ -368,32 +348,28 @@ burst = "64KiB"
 #[tokio::test]
 async fn a_reload_keeps_what_it_does_not_change() {
     let ds = Ds::start().await;
-    let limit = |name: &str, burst: u32| {
-        format!(
-            "[[limit]]\nname = \"{name}\"\noperations = [\"send_message\"]\nkey = [\"member\"]\nrate = \"1/h\"\nburst = {burst}\n"
-        )
-    };
-    let mut gateway = Gateway::start(Setup::of(&ds).with(&limit("member", 2))).await;
+    let member = |name: &str, burst: u32| limit(name, "member", "1/h", burst, "");
+    let mut gateway = Gateway::start(Setup::of(&ds).with(&member("member", 2))).await;
     let client = gateway.peer();
     assert_eq!(status(&client, message_in(b"g", 1)).await, 200);
     assert_eq!(status(&client, message_in(b"g", 1)).await, 200);
     assert_eq!(status(&client, message_in(b"g", 1)).await, 429);
 
     // A limit before it, and one of another rate after it: what it has counted stays.
-    gateway.reload("ok", |setup| setup.more = limit("wide", 50) + &limit("member", 2) + &limit("narrow", 5)).await;
+    gateway.reload("ok", |setup| setup.more = member("wide", 50) + &member("member", 2) + &member("narrow", 5)).await;
     let refused = client.send(Method::POST, "/group_operation", message_in(b"g", 1)).await.unwrap();
     assert_eq!((refused.status.as_u16(), refused.json()["violated-policies"].as_array().unwrap().len()), (429, 1));
     assert_eq!(refused.json()["violated-policies"][0], "member");
     assert_eq!(status(&client, message_in(b"g", 2)).await, 200);
 
     // A file that is wrong changes nothing, and the log says why.
-    gateway.reload("failed", |setup| setup.more = limit("member", 0)).await;
+    gateway.reload("failed", |setup| setup.more = member("member", 0)).await;
     assert!(gateway.stderr().contains("gateway.toml:") && gateway.stderr().contains("limit[0].burst"));
     assert_eq!(status(&client, message_in(b"g", 1)).await, 429);
     assert_eq!(gateway.metric("moh_gateway_config_generation").await, 2.0);
 
     // Another rate is another limit, and a limit that is gone refuses nobody.
-    gateway.reload("ok", |setup| setup.more = limit("member", 3)).await;
+    gateway.reload("ok", |setup| setup.more = member("member", 3)).await;
     let all: Vec<u16> =
         futures(&client, b"g", 1..2).await.into_iter().chain(futures(&client, b"g", 1..2).await).collect();
     assert_eq!(all, [200, 200]);

@@ -16,5 +16,6 @@ pub mod ds;
 pub mod encode;
 pub mod mls;
 pub mod pki;
+pub mod program;
 pub mod redis;
 pub mod tokens;

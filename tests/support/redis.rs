@@ -1,23 +1,14 @@
 //! Real Redis for tests: a server, one with TLS and a limited user, a cluster of three, and a proxy in front that loses,
 //! delays and refuses. They need `redis-server` and `redis-cli` (7.0 or newer) on the PATH.
-#![allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::indexing_slicing,
-    clippy::panic,
-    missing_docs,
-    unreachable_pub
-)]
 
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
@@ -29,21 +20,13 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::pki::Ca;
+use super::program::own_ip;
 
 /// What the user of [`Redis::start_tls`] may do. 7.0 has no `client|setinfo` and would refuse to start with it.
 const LIMITED_USER: &[&str] = &["~moh:*", "+evalsha", "+eval", "+ping", "+hello", "+time", "+mget", "+set", "+del"];
 
 /// How much a direction of a [`FaultProxy`] keeps before it stops reading.
 const QUEUE: usize = 4 << 20;
-
-/// The loopback address of this process: no other takes a port of it.
-fn own_ip() -> Ipv4Addr {
-    static OWN: OnceLock<Ipv4Addr> = OnceLock::new();
-    *OWN.get_or_init(|| {
-        let pid = std::process::id();
-        Ipv4Addr::new(127, 10 + (pid >> 14) as u8 % 100, (pid >> 7) as u8 & 0x7f, 1 + (pid as u8 & 0x7f))
-    })
-}
 
 /// A port that no one else is given, free together with the one 10 000 above, which is the bus of a cluster's node.
 /// Both are below the ephemeral ports, so that nothing takes them while a server is down.
