@@ -1,21 +1,17 @@
-//! What a request costs inside the gateway: reading each kind, a decision with five limits, a challenge, a redemption.
+//! What a request costs inside the gateway: reading each kind, a decision with five limits.
 //! Bars (issue 2): `read/send_message` under 150 ns, without allocation (tests/no_allocation.rs holds the second).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, missing_docs)]
 
 #[path = "../tests/support/encode.rs"]
 mod encode;
-#[path = "../tests/support/tokens.rs"]
-mod tokens;
 
-use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, criterion_group, criterion_main};
 use encode::SenderId;
-use http::{HeaderMap, HeaderValue, header};
 use moh_gateway::admission::{Admission, Decision, KeyParts, Limit, Policy, Scope, Subject, Tally, TokenUse, Unit};
 use moh_gateway::dialect::moh::endpoint_by_path;
 use moh_gateway::limiter::gcra::Gcra;
 use moh_gateway::limiter::memory::Memory;
 use moh_gateway::limiter::{Limiter, OnFailure};
-use moh_gateway::privacypass::{Challenges, Issuer, Origin};
 use std::hint::black_box;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -143,25 +139,5 @@ fn decide(c: &mut Criterion) {
     group.finish();
 }
 
-fn tokens(c: &mut Criterion) {
-    let issuer = tokens::Issuer::generate("issuer.example");
-    let ours = Issuer::new("issuer.example".into(), issuer.token_key()).unwrap();
-    let challenges = Challenges::new("ds.b.example".into(), Duration::from_secs(3600), &[7; 32], vec![ours]);
-    let origin = Origin::new(challenges, 1_000_000);
-    let headers: HeaderMap = [(header::WWW_AUTHENTICATE, origin.challenge().unwrap())].into_iter().collect();
-    let challenge = tokens::challenges(&headers).remove(0);
-    let token = issuer.token(&challenge).unwrap();
-    let value = HeaderValue::from_str(&tokens::authorization(&token)).unwrap();
-    let headers: HeaderMap = [(header::AUTHORIZATION, value)].into_iter().collect();
-
-    let mut group = c.benchmark_group("privacy pass");
-    group.bench_function("challenge", |b| b.iter(|| origin.challenge()));
-    // The reservation is dropped, so that the same token can be taken again.
-    group.bench_function("redemption, type 2", |b| {
-        b.iter_batched(|| (), |()| drop(origin.redeem(black_box(&headers)).unwrap()), BatchSize::SmallInput);
-    });
-    group.finish();
-}
-
-criterion_group!(benches, read, decide, tokens);
+criterion_group!(benches, read, decide);
 criterion_main!(benches);

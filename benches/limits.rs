@@ -592,7 +592,7 @@ fn fleet(port: u16, prefix: &str, mode: Mode) -> (Arc<Limiter>, IntCounter) {
         assert!(Instant::now() < until, "the fleet's store does not answer");
         std::thread::sleep(Duration::from_millis(10));
     }
-    (Arc::new(Limiter::new(Memory::new(1 << 20, counter()).unwrap(), Some(fleet))), answered)
+    (Arc::new(Limiter::new(Memory::new(1 << 20, counter()).unwrap(), Some(Arc::new(fleet)))), answered)
 }
 
 /// Decides once, of five limits with keys of their own each; `n` gives the number of a limit's key.

@@ -43,6 +43,8 @@ pub enum TokenProblem {
     Missing,
     /// The credential cannot be read, or there are two.
     Malformed,
+    /// Of a type that is not taken.
+    UnknownType,
     /// Made with a key that is not trusted here.
     UnknownKey,
     /// Made for another origin or context.
@@ -55,6 +57,12 @@ pub enum TokenProblem {
     Spent,
     /// The memory for spent tokens is full: nothing can be redeemed without forgetting.
     StoreFull,
+    /// What is spent cannot be asked or noted.
+    StoreUnavailable,
+    /// Too many tokens wait to be verified.
+    Busy,
+    /// No issuer's key is known yet, so that nothing can be asked for.
+    NoKey,
 }
 
 impl TokenProblem {
@@ -63,12 +71,16 @@ impl TokenProblem {
         match self {
             Self::Missing => "token-missing",
             Self::Malformed => "token-malformed",
+            Self::UnknownType => "token-unknown-type",
             Self::UnknownKey => "token-unknown-key",
             Self::WrongChallenge => "token-wrong-challenge",
             Self::Expired => "token-expired",
             Self::BadAuthenticator => "token-bad",
             Self::Spent => "token-spent",
             Self::StoreFull => "token-store-full",
+            Self::StoreUnavailable => "token-store-unavailable",
+            Self::Busy => "token-busy",
+            Self::NoKey => "token-no-key",
         }
     }
 
@@ -76,12 +88,25 @@ impl TokenProblem {
         match self {
             Self::Missing => "A Privacy Pass token is required",
             Self::Malformed => "The PrivateToken credential cannot be read",
+            Self::UnknownType => "Tokens of this type are not taken here",
             Self::UnknownKey => "The token was made with a key that is not trusted here",
             Self::WrongChallenge => "The token was made for another challenge",
             Self::Expired => "The token's challenge is no longer accepted",
             Self::BadAuthenticator => "The token does not verify",
             Self::Spent => "The token was spent before",
-            Self::StoreFull => "No token can be redeemed at the moment",
+            Self::StoreFull | Self::StoreUnavailable | Self::Busy | Self::NoKey => {
+                "No token can be redeemed at the moment"
+            }
+        }
+    }
+
+    /// Not the token's fault, nor its client's: when to try again.
+    pub fn retry_after(self) -> Option<Duration> {
+        match self {
+            Self::StoreFull => Some(Duration::from_secs(60)),
+            Self::NoKey => Some(Duration::from_secs(5)),
+            Self::StoreUnavailable | Self::Busy => Some(Duration::from_secs(1)),
+            _ => None,
         }
     }
 }
@@ -166,9 +191,8 @@ impl Refusal {
             Self::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
             Self::SenderMismatch | Self::PeerNotAllowed => StatusCode::FORBIDDEN,
             Self::Limited { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::Token { problem: TokenProblem::StoreFull, .. }
-            | Self::NoNode { .. }
-            | Self::LimitsUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NoNode { .. } | Self::LimitsUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Token { problem, .. } if problem.retry_after().is_some() => StatusCode::SERVICE_UNAVAILABLE,
             Self::Token { .. } => StatusCode::UNAUTHORIZED,
             Self::BadGateway => StatusCode::BAD_GATEWAY,
             Self::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -291,8 +315,8 @@ impl Refusal {
                 headers.extend(challenge.clone().map(|value| (header::WWW_AUTHENTICATE, value)));
             }
             Self::Token { problem, challenge } => {
-                if *problem == TokenProblem::StoreFull {
-                    headers.push((header::RETRY_AFTER, HeaderValue::from(60u64)));
+                if let Some(wait) = problem.retry_after() {
+                    headers.push((header::RETRY_AFTER, HeaderValue::from(wait.as_secs())));
                 } else {
                     headers.extend(challenge.clone().map(|value| (header::WWW_AUTHENTICATE, value)));
                 }
@@ -328,12 +352,16 @@ pub const REASONS: &[&str] = &[
     "limits-unavailable",
     "token-missing",
     "token-malformed",
+    "token-unknown-type",
     "token-unknown-key",
     "token-wrong-challenge",
     "token-expired",
     "token-bad",
     "token-spent",
     "token-store-full",
+    "token-store-unavailable",
+    "token-busy",
+    "token-no-key",
     "no-node",
     "bad-gateway",
     "gateway-timeout",

@@ -78,6 +78,8 @@ pub const BAD_TOKENS: u32 = 60;
 pub struct Tally {
     /// Places in the policy.
     of: Places,
+    /// Places of those that were not asked, for a token.
+    exempted: Places,
     said: Outcomes,
     by: Decided,
 }
@@ -111,6 +113,8 @@ pub struct LimitCounters {
     pub refused: prometheus::IntCounter,
     /// It did not, but a token did.
     pub topped_up: prometheus::IntCounter,
+    /// It was not asked, for a token.
+    pub exempted: prometheus::IntCounter,
     /// It was decided without the store that it belongs to.
     pub without_store: prometheus::IntCounter,
 }
@@ -143,6 +147,7 @@ struct Asked {
     checks: SmallVec<[Check; 12]>,
     seconds: SmallVec<[TopUp; 1]>,
     of: Places,
+    exempted: Places,
     partition: u64,
 }
 
@@ -231,17 +236,18 @@ impl Admission {
     pub async fn decide(&self, subject: &Subject<'_>, token: bool, charge: bool) -> (Decision, Tally) {
         let mut asked = Asked::default();
         self.ask(subject, token, &mut asked);
+        let spared = !asked.exempted.is_empty();
         if asked.checks.is_empty() {
-            return (Decision::Pass { topped_up: false }, Tally::default());
+            return (Decision::Pass { topped_up: spared }, Tally { exempted: asked.exempted, ..Tally::default() });
         }
         let mut outcomes = Outcomes::new();
         let ask = Ask { checks: &asked.checks, seconds: &asked.seconds, charge, partition: asked.partition };
         let (pass, by) = self.limiter.decide(subject.at, &ask, &mut outcomes).await;
         let decision = match pass {
-            true => Decision::Pass { topped_up: outcomes.contains(&Outcome::ToppedUp) },
+            true => Decision::Pass { topped_up: spared || outcomes.contains(&Outcome::ToppedUp) },
             false => self.refusal(subject, &asked, &outcomes),
         };
-        (decision, Tally { of: asked.of, said: outcomes, by })
+        (decision, Tally { of: asked.of, exempted: asked.exempted, said: outcomes, by })
     }
 
     #[inline]
@@ -253,6 +259,10 @@ impl Admission {
                 continue;
             }
             let token_use = self.policy.token_use(limit, subject.operation);
+            if token && token_use == TokenUse::Exempt {
+                asked.exempted.push(u16::try_from(i).unwrap_or(u16::MAX));
+                continue;
+            }
             let top_up = match token_use {
                 TokenUse::TopUp(gcra) if token => {
                     // An endpoint's second limit is the endpoint's alone: others have other rates.
@@ -289,7 +299,7 @@ impl Admission {
                 Outcome::Unavailable => unavailable.push(limit.scope.name.clone()),
                 Outcome::Refused(wait) => {
                     let token_use = self.policy.token_use(limit, subject.operation);
-                    token_helps &= matches!(token_use, TokenUse::TopUp(_));
+                    token_helps &= token_use.helps();
                     violated.push(self.violated(&limit.scope.name, limit.unit, check, *wait));
                 }
                 Outcome::Allowed | Outcome::ToppedUp => {}
@@ -320,7 +330,9 @@ impl Admission {
             return Owing::default();
         }
         let mut asked = Asked::default();
-        self.ask(subject, tally.said.contains(&Outcome::ToppedUp), &mut asked);
+        // As it was asked: with a token, if one did something.
+        let token = !tally.exempted.is_empty() || tally.said.contains(&Outcome::ToppedUp);
+        self.ask(subject, token, &mut asked);
         let ask = Ask { seconds: &asked.seconds, ..Ask::of(&asked.checks) };
         let charged = asked.checks.iter().zip(&tally.said).zip(&asked.of).filter(|(_, i)| octets(**i));
         let checks = charged.filter_map(|((check, outcome), _)| match outcome {
@@ -381,6 +393,10 @@ impl Admission {
         let enforces = |i: &u16| self.policy.limits.get(usize::from(*i)).is_some_and(|limit| limit.scope.enforce);
         let said = || tally.of.iter().zip(&tally.said);
         let refused = said().any(|(i, outcome)| !outcome.passes() && enforces(i));
+        if !refused {
+            let counters = tally.exempted.iter().filter_map(|i| self.counters.get(usize::from(*i)));
+            counters.for_each(|counters| counters.exempted.inc());
+        }
         for (i, outcome) in said() {
             let Some(counters) = self.counters.get(usize::from(*i)) else { continue };
             if tally.by == Decided::WithoutStore {

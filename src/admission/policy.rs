@@ -3,7 +3,10 @@
 use crate::dialect::Operation;
 use crate::limiter::OnFailure;
 use crate::limiter::gcra::Gcra;
+use crate::privacypass::Purpose;
+use crate::problem::Violated;
 use ipnet::IpNet;
+use smallvec::SmallVec;
 use std::net::IpAddr;
 
 /// What of a request a limit's key is made of.
@@ -33,6 +36,15 @@ pub enum TokenUse {
     Required,
     /// Where the limit is exceeded, one lets the request into this second limit.
     TopUp(Gcra),
+    /// Where the limit is exceeded, it is not asked of a request with one.
+    Exempt,
+}
+
+impl TokenUse {
+    /// Whether a token helps where the limit is exceeded.
+    pub(super) fn helps(self) -> bool {
+        matches!(self, Self::TopUp(_) | Self::Exempt)
+    }
 }
 
 /// What a limit counts (draft-ietf-httpapi-ratelimit-headers-11 §3.1.2).
@@ -156,6 +168,15 @@ impl Policy {
         let required = |l: &&Limit| l.token == TokenUse::Required && l.scope.enforce;
         self.endpoint_token(operation) == TokenUse::Required
             || self.limits.iter().filter(required).any(|l| l.scope.covers(operation, ip))
+    }
+
+    /// What a request of this operation from `ip` wants a token for; the limits of these names before others.
+    pub fn purpose<'a>(&'a self, operation: &Operation, ip: IpAddr, first: &[Violated]) -> Purpose<'a> {
+        let asks = |l: &&Limit| l.token != TokenUse::Off && l.scope.covers(operation, ip);
+        let mut limits: SmallVec<[&str; 4]> = self.limits.iter().filter(asks).map(|l| l.scope.name.as_str()).collect();
+        limits.sort_by_key(|name| first.iter().all(|violated| violated.policy != *name));
+        let of_endpoint = self.endpoint_token(operation) != TokenUse::Off;
+        Purpose { endpoint: operation.endpoint, of_endpoint, limits }
     }
 
     /// Whether a token may ever do anything.

@@ -152,6 +152,7 @@ pub(super) enum Token {
     Off,
     Required,
     TopUp,
+    Exempt,
 }
 
 #[derive(Debug, Deserialize)]
@@ -239,6 +240,7 @@ pub(super) enum RedisMode {
     #[default]
     Strict,
     Leased,
+    Tokens,
 }
 
 #[derive(Debug, Deserialize, Clone, Copy, PartialEq, Eq, Default)]
@@ -281,9 +283,34 @@ pub(super) struct PrivacyPass {
     pub(super) origin: Option<Spanned<String>>,
     #[serde(default = "seconds::<3600>")]
     pub(super) epoch: Span,
+    #[serde(default)]
+    pub(super) context: Context,
     pub(super) secret_file: Option<Spanned<PathBuf>>,
+    pub(super) spent: Option<Spanned<SpentIn>>,
     pub(super) spent_tokens: Option<Spanned<usize>>,
+    pub(super) on_store_failure: Option<Spanned<OnStoreFailure>>,
+    pub(super) state: Option<Spanned<PathBuf>>,
+    pub(super) threads: Option<Spanned<usize>>,
+    #[serde(default = "milliseconds::<20>")]
+    pub(super) max_wait: Spanned<Span>,
     pub(super) issuer: Spanned<Vec<Issuer>>,
+}
+
+#[derive(Debug, Deserialize, Clone, Copy, PartialEq, Eq, Default)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Context {
+    #[default]
+    Origin,
+    Endpoint,
+    Limit,
+}
+
+#[derive(Debug, Deserialize, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum SpentIn {
+    Memory,
+    Files,
+    Redis,
 }
 
 #[derive(Debug, Deserialize)]
@@ -291,7 +318,9 @@ pub(super) struct PrivacyPass {
 pub(super) struct Issuer {
     pub(super) name: Spanned<String>,
     pub(super) token_type: Spanned<u16>,
-    pub(super) key_file: Spanned<PathBuf>,
+    pub(super) key_file: Option<Spanned<PathBuf>>,
+    pub(super) directory: Option<Spanned<String>>,
+    pub(super) directory_ca: Option<Spanned<PathBuf>>,
 }
 
 #[derive(Debug, Deserialize, Default)]

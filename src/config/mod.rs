@@ -7,7 +7,7 @@ mod units;
 
 use crate::admission::{Peers, Policy};
 use crate::limiter::fleet;
-use crate::privacypass::Origin;
+use crate::privacypass;
 use crate::tls::CertificateStore;
 use crate::upstream;
 use crate::wire::ProviderName;
@@ -42,7 +42,7 @@ pub struct Config {
     /// The store that a fleet keeps its limits in, and the secret its keys are hashed under.
     pub limit_store: Option<(fleet::Settings, [u8; 16])>,
     /// Privacy Pass, where it is used.
-    pub privacy_pass: Option<Origin>,
+    pub privacy_pass: Option<privacypass::Settings>,
     /// Where health and metrics are.
     pub admin: SocketAddr,
     /// Where the access log goes.

@@ -2,12 +2,12 @@
 //! wrong is noted with its place, so that all of it can be said at once.
 
 mod limits;
+mod privacy_pass;
 
-use super::{AccessLog, ClientAuth, Config, Error, Listener, Provider, Timeouts, file, random, units};
+use super::{AccessLog, ClientAuth, Config, Error, Listener, Provider, Timeouts, file, units};
 use crate::admission::{Peers, Policy};
 use crate::dialect;
 use crate::limiter::fleet;
-use crate::privacypass::{Challenges, Issuer, Origin};
 use crate::tls::{self, CertificateStore};
 use crate::upstream;
 use crate::wire::ProviderName;
@@ -15,7 +15,6 @@ use limits::Around;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 use toml::Spanned;
 
 /// More limits than anybody needs, and as many as one script of Redis takes the keys of.
@@ -144,7 +143,7 @@ impl<'a> Resolver<'a> {
             self.limit(i, limit, &around, &mut policy);
         }
         let privacy_pass = match &file.privacy_pass {
-            Some(table) => self.privacy_pass(table, provider.as_ref()),
+            Some(table) => self.privacy_pass(table, provider.as_ref(), file.limits.redis.is_some()),
             None => None,
         };
         if policy.uses_tokens() && file.privacy_pass.is_none() {
@@ -353,59 +352,6 @@ impl<'a> Resolver<'a> {
             policy.endpoint_tokens.extend(endpoint.operations.iter().map(|o| (o.id, token)));
         }
         max_body
-    }
-
-    fn privacy_pass(&mut self, table: &file::PrivacyPass, provider: Option<&Provider>) -> Option<Origin> {
-        let mut issuers = vec![];
-        if table.issuer.get_ref().is_empty() {
-            self.wrong(&table.issuer, "privacy_pass.issuer", "at least one is needed");
-        }
-        for (i, issuer) in table.issuer.get_ref().iter().enumerate() {
-            let key = |part: &str| format!("privacy_pass.issuer[{i}].{part}");
-            if *issuer.token_type.get_ref() != 2 {
-                self.wrong(&issuer.token_type, key("token_type"), "token type 2 (Blind RSA) is the one supported");
-                continue;
-            }
-            let name = self.name(&issuer.name, &key("name"), false);
-            let (Some(name), Some(octets)) = (name, self.read(&issuer.key_file, &key("key_file"))) else { continue };
-            match Issuer::new(name, &octets) {
-                Ok(new) if issuers.iter().any(|other: &Issuer| other.key_id() == new.key_id()) => {
-                    self.wrong(&issuer.key_file, key("key_file"), "another issuer has this key");
-                }
-                Ok(issuer) => issuers.push(issuer),
-                Err(e) => {
-                    let message = format!("{}: {e}", issuer.key_file.get_ref().display());
-                    self.wrong(&issuer.key_file, key("key_file"), message);
-                }
-            }
-        }
-        let origin = match &table.origin {
-            Some(origin) => self.name(origin, "privacy_pass.origin", false)?,
-            None => provider?.ds_domain.clone(),
-        };
-        let secret = match &table.secret_file {
-            Some(path) => {
-                let secret = self.read(path, "privacy_pass.secret_file")?;
-                if secret.len() < 32 {
-                    self.wrong(path, "privacy_pass.secret_file", "a secret has 32 octets or more");
-                }
-                secret
-            }
-            None => random::<32>()?.to_vec(),
-        };
-        if let Some(spent) = table.spent_tokens.as_ref().filter(|spent| *spent.get_ref() == 0) {
-            self.wrong(spent, "privacy_pass.spent_tokens", "no token could be redeemed");
-        }
-        if table.epoch.0 < Duration::from_secs(1) {
-            let error = self.error(
-                table.issuer.span().start,
-                "privacy_pass.epoch".into(),
-                "an epoch is a second or more".into(),
-            );
-            self.errors.push(error);
-        }
-        let spent = table.spent_tokens.as_ref().map_or(1_000_000, |spent| *spent.get_ref());
-        Some(Origin::new(Challenges::new(origin, table.epoch.0, &secret, issuers), spent))
     }
 }
 

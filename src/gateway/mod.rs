@@ -15,11 +15,11 @@ mod stream;
 
 pub use start::{StartError, run};
 
-use crate::admission::{Admission, Decision as Verdict, Peers, Subject, bind_sender};
+use crate::admission::{Admission, Decision as Verdict, Peers, Subject, Tally, bind_sender};
 use crate::config::{Provider, Timeouts};
 use crate::dialect::{self, Envelope};
-use crate::privacypass::{self, Origin, Reservation};
-use crate::problem::{Refusal, TokenProblem};
+use crate::privacypass::{self, Origin};
+use crate::problem::{Refusal, TokenProblem, Violated};
 use crate::telemetry::{AccessLog, Decision, Metrics};
 use crate::upstream::Nodes;
 use account::{RequestContext, status_written};
@@ -60,6 +60,10 @@ pub struct Gateway(Arc<Shared>);
 /// What we know of the connection under a request.
 fn connection_of(digest: &Digest) -> Option<&Arc<Connection>> {
     digest.proxy_digest.as_ref()?.user_data.as_ref()?.downcast_ref()
+}
+
+fn limited(violated: Vec<Violated>) -> Refusal {
+    Refusal::Limited { violated, challenge: None }
 }
 
 impl Gateway {
@@ -188,64 +192,66 @@ impl Gateway {
         subject: &Subject<'_>,
     ) -> std::result::Result<(), Refusal> {
         let admission = &self.0.admission.load_full();
-        let limited = |violated| Refusal::Limited { violated, challenge: None };
         ctx.tickets = admission.enter(subject).map_err(limited)?;
-        let headers = &session.req_header().headers;
         let required = admission.policy().token_required(subject.operation, subject.ip);
-        let origin = self.0.privacy_pass.as_ref();
-        let challenge = || origin.and_then(Origin::challenge);
-        let redeem = || -> std::result::Result<Reservation, Refusal> {
-            let origin = origin.ok_or(Refusal::Internal)?;
-            origin.redeem(headers).map_err(|problem| Refusal::Token { problem, challenge: challenge() })
+        let (decision, mut tally) = admission.decide(subject, false, !required).await;
+        let admitted = match decision {
+            Verdict::Pass { .. } if !required => Ok(()),
+            Verdict::Pass { .. } => self.with_token(session, ctx, subject, admission, vec![], &mut tally).await,
+            Verdict::Refuse { violated, token_helps: true } => {
+                self.with_token(session, ctx, subject, admission, violated, &mut tally).await
+            }
+            Verdict::Refuse { violated, .. } => Err(limited(violated)),
+            Verdict::Unavailable { policies } => Err(Refusal::LimitsUnavailable { policies }),
         };
-
-        let (first, tally) = admission.decide(subject, false, !required).await;
-        let missing = match first {
-            Verdict::Pass { .. } if !required => {
-                admission.account(&tally);
-                ctx.admitted(admission, subject, &tally);
-                return Ok(());
-            }
-            Verdict::Refuse { violated, token_helps: false } => {
-                admission.account(&tally);
-                return Err(limited(violated));
-            }
-            Verdict::Unavailable { policies } => {
-                admission.account(&tally);
-                return Err(Refusal::LimitsUnavailable { policies });
-            }
-            Verdict::Pass { .. } => None,
-            Verdict::Refuse { violated, .. } => Some(violated),
-        };
-        // To verify a token is dear, and one that fails is charged to no limit: who brings many has a limit for that.
-        let tries = privacypass::has_credential(headers);
-        if tries && let Err(violated) = admission.token_attempt(subject.ip, false) {
-            admission.account(&tally);
-            return Err(limited(vec![violated]));
-        }
-        let redeemed = redeem();
-        if matches!(redeemed, Err(Refusal::Token { problem: TokenProblem::BadAuthenticator, .. })) {
-            let _ = admission.token_attempt(subject.ip, true);
-        }
-        let token = match (redeemed, missing) {
-            (Ok(token), _) => token,
-            // A limit that a token would help with is a limit first.
-            (Err(Refusal::Token { problem: TokenProblem::Missing, challenge }), Some(violated)) => {
-                admission.account(&tally);
-                return Err(Refusal::Limited { violated, challenge });
-            }
-            (Err(other), _) => {
-                admission.account(&tally);
-                return Err(other);
-            }
-        };
-        let (second, tally) = admission.decide(subject, true, true).await;
         admission.account(&tally);
-        match second {
+        if admitted.is_ok() {
+            ctx.admitted(admission, subject, &tally);
+        }
+        admitted
+    }
+
+    /// Asks again, with the token that is required, or that helps with limits that are `exceeded`. The tally is then of this
+    /// second question.
+    async fn with_token(
+        &self,
+        session: &Session,
+        ctx: &mut RequestContext,
+        subject: &Subject<'_>,
+        admission: &Admission,
+        exceeded: Vec<Violated>,
+        tally: &mut Tally,
+    ) -> std::result::Result<(), Refusal> {
+        let headers = &session.req_header().headers;
+        let origin = self.0.privacy_pass.as_ref().ok_or(Refusal::Internal)?;
+        let purpose = admission.policy().purpose(subject.operation, subject.ip, &exceeded);
+        let required = exceeded.is_empty();
+        // To verify a token is dear, and one that fails is charged to no limit: who brings many has a limit for that.
+        if privacypass::has_credential(headers) {
+            admission.token_attempt(subject.ip, false).map_err(|violated| limited(vec![violated]))?;
+        }
+        let token = match origin.redeem(headers, &purpose).await {
+            Ok(token) => token,
+            // A limit that a token would help with is a limit first.
+            Err(TokenProblem::Missing) if !required => {
+                return Err(Refusal::Limited { violated: exceeded, challenge: origin.challenge(&purpose) });
+            }
+            Err(problem) => {
+                if problem == TokenProblem::BadAuthenticator {
+                    let _ = admission.token_attempt(subject.ip, true);
+                }
+                let challenge = origin.challenge(&purpose);
+                // Nothing can be asked for; that it must be brought says nothing to anybody.
+                let problem = if challenge.is_none() { TokenProblem::NoKey } else { problem };
+                return Err(Refusal::Token { problem, challenge });
+            }
+        };
+        let (decision, again) = admission.decide(subject, true, true).await;
+        *tally = again;
+        match decision {
             Verdict::Pass { topped_up } => {
                 // One that was not needed after all is not spent.
                 ctx.token = Some(token).filter(|_| topped_up || required);
-                ctx.admitted(admission, subject, &tally);
                 Ok(())
             }
             Verdict::Refuse { violated, .. } => Err(limited(violated)),

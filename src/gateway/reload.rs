@@ -1,7 +1,8 @@
 //! Reload: on SIGHUP the configuration is read again, checked whole, and its limits take the place of those in use.
 //!
 //! A file that is wrong changes nothing, and what is wrong with it is said. What a limit has counted stays where neither its
-//! name, its key nor its rate is another. Everything but limits, and what tokens do for them, takes a restart.
+//! name, its key nor its rate is another. Everything but limits, what tokens do for them, and whose
+//! tokens are taken takes a restart.
 
 use super::Shared;
 use crate::config::Config;
@@ -35,18 +36,31 @@ fn reload(file: &Path, shared: &Shared) -> bool {
             return false;
         }
     };
-    if config.policy.uses_tokens() && shared.privacy_pass.is_none() {
-        tracing::error!("not reloaded: {}: limits ask for tokens; [privacy_pass] takes a restart", file.display());
+    if config.privacy_pass.is_some() != shared.privacy_pass.is_some() {
+        tracing::error!("not reloaded: {}: to begin or end with [privacy_pass] takes a restart", file.display());
+        return false;
+    }
+    if let (Some(origin), Some(settings)) = (&shared.privacy_pass, config.privacy_pass)
+        && let Err(e) = origin.reload(settings)
+    {
+        tracing::error!("not reloaded: {}: privacy_pass: {e}", file.display());
         return false;
     }
     let before = shared.admission.load_full();
     let limits = config.policy.scopes().count();
     if *before.policy() == config.policy {
-        tracing::info!("reloaded {}: the limits are what they were; the rest takes a restart", file.display());
+        tracing::info!(
+            "reloaded {}: issuers and their keys; the limits are what they were, the rest takes a restart",
+            file.display()
+        );
     } else {
         let counters = shared.metrics.limits(&config.policy);
         shared.admission.store(Arc::new(before.succeed(config.policy, counters)));
-        tracing::info!(limits, "reloaded {}: limits and tokens; the rest takes a restart", file.display());
+        tracing::info!(
+            limits,
+            "reloaded {}: limits, tokens, issuers and their keys; the rest takes a restart",
+            file.display()
+        );
     }
     shared.metrics.generation.inc();
     true

@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::limiter::Limiter;
 use crate::limiter::fleet::Fleet;
 use crate::limiter::memory::Memory;
+use crate::privacypass::Origin;
 use crate::telemetry::{AccessLog, Metrics};
 use crate::tls;
 use crate::upstream::Nodes;
@@ -97,18 +98,25 @@ fn server(config: Config) -> std::result::Result<(Server, Arc<Shared>), StartErr
     let (fleet, secret) = match config.limit_store {
         Some((settings, secret)) => {
             let fleet = Fleet::start(settings, metrics.store()?).map_err(|e| StartError::Io("limits.redis", e))?;
-            (Some(fleet), secret)
+            (Some(Arc::new(fleet)), secret)
         }
         None => (None, crate::config::random().ok_or(StartError::Randomness)?),
     };
-    let limiter = Arc::new(Limiter::new(memory, fleet));
+    let privacy_pass = match config.privacy_pass {
+        Some(settings) => {
+            let origin = Origin::start(settings, fleet.clone(), metrics.privacy_pass()?);
+            Some(origin.map_err(|e| StartError::Io("privacy_pass", e))?)
+        }
+        None => None,
+    };
+    let limiter = Arc::new(Limiter::new(memory, fleet.filter(|fleet| fleet.keeps_limits())));
     let shared = Arc::new(Shared {
         admission: ArcSwap::from_pointee(Admission::new(config.policy, limiter, secret, counters)),
         provider: config.provider,
         peers: config.peers,
         timeouts: config.timeouts,
         max_body: config.max_body,
-        privacy_pass: config.privacy_pass,
+        privacy_pass,
         nodes: Nodes::new(config.upstream),
         access_log: AccessLog::open(&config.access_log).map_err(StartError::AccessLog)?,
         metrics,

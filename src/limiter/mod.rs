@@ -142,7 +142,7 @@ pub type Outcomes = SmallVec<[Outcome; 12]>;
 pub struct Limiter {
     memory: Arc<Memory>,
     in_flight: InFlight,
-    fleet: Option<Fleet>,
+    fleet: Option<Arc<Fleet>>,
     clock: Clock,
 }
 
@@ -186,7 +186,7 @@ fn all_pass(checks: &[Check], outcomes: &Outcomes) -> bool {
 
 impl Limiter {
     /// Limits in this node's memory; in a fleet's store if there is one, with the memory to fall back to.
-    pub fn new(memory: Memory, fleet: Option<Fleet>) -> Self {
+    pub fn new(memory: Memory, fleet: Option<Arc<Fleet>>) -> Self {
         Self { memory: Arc::new(memory), in_flight: InFlight::default(), fleet, clock: Clock::start() }
     }
 
@@ -245,7 +245,7 @@ impl Limiter {
 
     /// Whether the state of each provider's requests is apart from others'.
     pub fn is_partitioned_by_provider(&self) -> bool {
-        self.fleet.as_ref().is_some_and(Fleet::is_partitioned_by_provider)
+        self.fleet.as_ref().is_some_and(|fleet| fleet.is_partitioned_by_provider())
     }
 }
 

@@ -1,67 +1,45 @@
-//! An Issuer whose tokens are taken: its name, and its public key as RFC 9578 §6.5 has it on the wire.
+//! An Issuer whose tokens of one type are taken: its name, and the keys of it that are trusted now.
 
-use aws_lc_rs::digest;
-use aws_lc_rs::signature::{self, UnparsedPublicKey};
-use x509_parser::prelude::FromDer as _;
-use x509_parser::x509::SubjectPublicKeyInfo;
+use super::directory::Directory;
+use super::key::Key;
+use arc_swap::ArcSwap;
+use privacypass::TokenType;
+use std::sync::Arc;
+use std::time::Duration;
 
-/// id-RSASSA-PSS (RFC 8017 A.2.3).
-const RSASSA_PSS: &str = "1.2.840.113549.1.1.10";
+/// A key is taken so long before the time that its directory gives: clocks differ.
+const LEEWAY: Duration = Duration::from_secs(60);
 
-/// An Issuer of tokens of type 0x0002 (Blind RSA, 2048 bits).
+/// An issuer, for tokens of one type.
+#[derive(Debug)]
 pub struct Issuer {
     name: String,
-    token_key: Vec<u8>,
-    key_id: [u8; 32],
-    /// The RSAPublicKey inside the token key. The authenticator is plain RSASSA-PSS (SHA-384, 48 octets of salt), so a
-    /// fast library verifies it: a third of the time the privacypass crate takes.
-    verifier: UnparsedPublicKey<Vec<u8>>,
+    kind: TokenType,
+    directory: Option<Directory>,
+    keys: ArcSwap<Vec<Trusted>>,
 }
 
-/// Why octets are no issuer's public key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum KeyError {
-    /// Neither PEM nor DER of a SubjectPublicKeyInfo.
-    #[error("it is not a SubjectPublicKeyInfo in DER or PEM")]
-    NotSpki,
-    /// Another algorithm than id-RSASSA-PSS.
-    #[error("its algorithm is not id-RSASSA-PSS, which RFC 9578 §6.5 asks for")]
-    NotPss,
-    /// Not RSA of 2048 bits.
-    #[error("it is not an RSA key of 2048 bits")]
-    NotRsa2048,
-}
-
-impl std::fmt::Debug for Issuer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Issuer").field("name", &self.name).field("key_id", &hex::encode(self.key_id)).finish()
-    }
+/// A key, and when it is trusted; times since the Unix epoch.
+#[derive(Debug, Clone)]
+struct Trusted {
+    key: Arc<Key>,
+    /// Its directory's `not-before`.
+    from: Duration,
+    /// Its directory has it no more: its tokens are taken as long as challenges that named it are.
+    until: Option<Duration>,
 }
 
 impl Issuer {
-    /// An issuer by its `issuer_name` and its public key: a SubjectPublicKeyInfo, PEM or DER.
-    ///
-    /// # Errors
-    /// What is wrong with the key.
-    pub fn new(name: String, key: &[u8]) -> Result<Self, KeyError> {
-        let from_pem = x509_parser::pem::parse_x509_pem(key).ok().map(|(_, pem)| pem.contents);
-        let token_key = from_pem.unwrap_or_else(|| key.to_vec());
-        let (rest, spki) = SubjectPublicKeyInfo::from_der(&token_key).map_err(|_| KeyError::NotSpki)?;
-        if !rest.is_empty() {
-            return Err(KeyError::NotSpki);
-        }
-        if spki.algorithm.algorithm.to_id_string() != RSASSA_PSS {
-            return Err(KeyError::NotPss);
-        }
-        let rsa = spki.subject_public_key.data.to_vec();
-        let (_, key) = x509_parser::public_key::RSAPublicKey::from_der(&rsa).map_err(|_| KeyError::NotRsa2048)?;
-        if key.key_size() != 2048 {
-            return Err(KeyError::NotRsa2048);
-        }
-        let key_id = digest::digest(&digest::SHA256, &token_key);
-        let key_id = key_id.as_ref().try_into().map_err(|_| KeyError::NotSpki)?;
-        let verifier = UnparsedPublicKey::new(&signature::RSA_PSS_2048_8192_SHA384, rsa);
-        Ok(Self { name, token_key, key_id, verifier })
+    /// An issuer by its `issuer_name`, with keys of one type from a file. Challenges name the first.
+    pub fn of_keys(name: String, kind: TokenType, keys: Vec<Key>) -> Self {
+        let trust = |key| Trusted { key: Arc::new(key), from: Duration::ZERO, until: None };
+        let keys = keys.into_iter().filter(|key| key.kind() == kind).map(trust).collect();
+        Self { name, kind, directory: None, keys: ArcSwap::from_pointee(keys) }
+    }
+
+    /// An issuer whose keys its directory tells.
+    pub fn of_directory(name: String, kind: TokenType, directory: Directory) -> Self {
+        Self { name, kind, directory: Some(directory), keys: ArcSwap::default() }
     }
 
     /// `issuer_name` of the challenge.
@@ -69,18 +47,84 @@ impl Issuer {
         &self.name
     }
 
-    /// `token-key` of the challenge: the SubjectPublicKeyInfo.
-    pub fn token_key(&self) -> &[u8] {
-        &self.token_key
+    /// The type of its tokens.
+    pub fn kind(&self) -> TokenType {
+        self.kind
     }
 
-    /// `token_key_id` of its tokens: SHA-256 of the token key.
-    pub fn key_id(&self) -> &[u8; 32] {
-        &self.key_id
+    /// Where its keys come from, if not from a file.
+    pub fn directory(&self) -> Option<&Directory> {
+        self.directory.as_ref()
     }
 
-    /// Whether it made this authenticator for this token input.
-    pub fn verifies(&self, input: &[u8], authenticator: &[u8]) -> bool {
-        self.verifier.verify(input, authenticator).is_ok()
+    /// The IDs of its keys.
+    pub fn key_ids(&self) -> Vec<[u8; 32]> {
+        self.keys.load().iter().map(|trusted| *trusted.key.id()).collect()
+    }
+
+    /// The key that a challenge names: the first whose time has come.
+    pub fn advertised(&self, now: Duration) -> Option<Arc<Key>> {
+        let keys = self.keys.load();
+        keys.iter().find(|trusted| trusted.until.is_none() && trusted.from <= now).map(|trusted| trusted.key.clone())
+    }
+
+    /// The key with this ID, if it is trusted now.
+    pub fn key(&self, id: &[u8; 32], now: Duration) -> Option<Arc<Key>> {
+        let trusted = |one: &&Trusted| one.from <= now + LEEWAY && one.until.is_none_or(|until| now < until);
+        self.keys.load().iter().filter(trusted).find(|one| one.key.id() == id).map(|one| one.key.clone())
+    }
+
+    /// What its directory says now: keys, in its order, with their `not-before`. Those it has no more are trusted for
+    /// `grace`, which is as long as challenges that named them are accepted: a rotation refuses no token.
+    pub fn replace(&self, keys: Vec<(Key, Duration)>, now: Duration, grace: Duration) {
+        let before = self.keys.load_full();
+        let fresh = keys.into_iter().map(|(key, from)| {
+            let known = before.iter().find(|one| one.key.id() == key.id());
+            let key = known.map_or_else(|| Arc::new(key), |one| one.key.clone());
+            Trusted { key, from, until: None }
+        });
+        let mut after: Vec<_> = fresh.collect();
+        let gone = before.iter().filter(|old| after.iter().all(|new| new.key.id() != old.key.id()));
+        let gone: Vec<_> = gone
+            .map(|old| Trusted { until: old.until.or(Some(now + grace)), ..old.clone() })
+            .filter(|old| old.until.is_some_and(|until| now < until))
+            .collect();
+        after.extend(gone);
+        self.keys.store(Arc::new(after));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(n: u8) -> Key {
+        Key::voprf(TokenType::PrivateRistretto255, &[n; 32]).unwrap()
+    }
+
+    fn seconds(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    #[test]
+    fn a_key_is_named_in_its_time_and_taken_a_while_longer() {
+        let issuer = Issuer::of_keys("i".into(), TokenType::PrivateRistretto255, vec![]);
+        assert!(issuer.advertised(seconds(0)).is_none());
+        let (one, two) = (*key(1).id(), *key(2).id());
+        let named = |now| issuer.advertised(seconds(now)).map(|key| *key.id());
+        let taken = |id, now| issuer.key(id, seconds(now)).is_some();
+        // The next comes first in the list, and is not named before its time.
+        issuer.replace(vec![(key(2), seconds(1000)), (key(1), seconds(0))], seconds(500), seconds(100));
+        assert_eq!((named(500), named(1000)), (Some(one), Some(two)));
+        assert!(taken(&one, 500) && !taken(&two, 900) && taken(&two, 950));
+        // The old one is gone from the directory.
+        issuer.replace(vec![(key(2), seconds(1000))], seconds(1200), seconds(100));
+        assert_eq!(named(1200), Some(two));
+        assert!(taken(&one, 1299) && !taken(&one, 1300));
+        // Being gone is no news the second time.
+        issuer.replace(vec![(key(2), seconds(1000))], seconds(1290), seconds(100));
+        assert!(taken(&one, 1299) && !taken(&one, 1300));
+        issuer.replace(vec![(key(2), seconds(1000))], seconds(1300), seconds(100));
+        assert_eq!(issuer.key_ids(), [two]);
     }
 }

@@ -10,10 +10,12 @@ pub use access_log::{AccessLog, Line};
 use crate::admission::{LimitCounters, Policy, Scope};
 use crate::dialect::{self, Endpoint};
 use crate::limiter::{OnFailure, fleet};
+use crate::privacypass;
 use crate::problem;
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 use std::time::Duration;
 
@@ -132,7 +134,7 @@ impl Metrics {
             providers,
             limits: counters(
                 "limit_decisions_total",
-                "What limits said: allowed, refused (a shadow's refusal refuses nobody), topped-up (of the refused, let in by a token).",
+                "What limits said: allowed, refused (a shadow's refusal refuses nobody), topped-up (of the refused, let in by a token), exempted (not asked, for a token).",
                 &["limit", "mode", "outcome"],
             )?,
             gateway_seconds: histograms(
@@ -188,6 +190,7 @@ impl Metrics {
             allowed: of("allowed"),
             refused: of("refused"),
             topped_up: of("topped-up"),
+            exempted: of("exempted"),
             without_store: self.without_store.with_label_values(&[scope.name.as_str(), behaviour]),
         }
     }
@@ -221,6 +224,33 @@ impl Metrics {
             timeouts: calls.with_label_values(&["timeout"]),
             skipped: calls.with_label_values(&["skipped"]),
             seconds: registered(&self.registry, Histogram::with_opts(seconds.buckets(BUCKETS.to_vec()))?)?,
+        })
+    }
+
+    /// Metrics of the Origin.
+    ///
+    /// # Errors
+    /// They are registered twice.
+    pub fn privacy_pass(&self) -> Result<privacypass::Metrics, prometheus::Error> {
+        let redeemed = Opts::new("tokens_redeemed_total", "Privacy Pass tokens spent, by their type.");
+        let redeemed = registered(&self.registry, IntCounterVec::new(redeemed, &["type"])?)?;
+        let seconds = HistogramOpts::new(
+            "token_seconds",
+            "What it takes to tell whether a token is good, its wait for a thread and the store included.",
+        );
+        let counter = |name: &str, help: &str| registered(&self.registry, IntCounter::new(name, help)?);
+        let directories =
+            Opts::new("issuer_directory_fetches_total", "Questions to issuers' directories by result: ok, failed.");
+        let heard = Opts::new("issuer_directory_heard_seconds", "When a directory last answered, by the Unix clock.");
+        let spent = IntGauge::new("tokens_spent_held", "Spent tokens that this node remembers.")?;
+        Ok(privacypass::Metrics {
+            redeemed: privacypass::TYPES.map(|kind| redeemed.with_label_values(&[(kind as u16).to_string()])),
+            seconds: registered(&self.registry, Histogram::with_opts(seconds.buckets(BUCKETS.to_vec()))?)?,
+            shed: counter("tokens_shed_total", "Tokens refused because too many were waiting to be verified.")?,
+            known_bad: counter("tokens_known_bad_total", "Tokens known not to verify, refused from memory.")?,
+            spent: registered(&self.registry, spent)?,
+            directories: registered(&self.registry, IntCounterVec::new(directories, &["issuer", "result"])?)?,
+            heard: registered(&self.registry, IntGaugeVec::new(heard, &["issuer"])?)?,
         })
     }
 

@@ -77,6 +77,21 @@ pub fn client_config(pem: &[u8]) -> Result<rustls::ClientConfig, Error> {
     Ok(builder.with_root_certificates(roots(pem)?).with_no_client_auth())
 }
 
+/// What a client of ours speaks TLS with, to servers whose certificates chain to the system's roots.
+///
+/// # Errors
+/// The system has none.
+pub fn system_client_config() -> Result<rustls::ClientConfig, Error> {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    if roots.is_empty() {
+        return Err(Error::NoCertificate);
+    }
+    let builder = rustls::ClientConfig::builder_with_provider(Arc::new(provider()))
+        .with_protocol_versions(&[&rustls::version::TLS13])?;
+    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+}
+
 /// TLS 1.3 cipher suites only; X25519MLKEM768 is the first of the key exchanges (feature `prefer-post-quantum`).
 pub fn provider() -> CryptoProvider {
     let provider = aws_lc_rs::default_provider();

@@ -83,8 +83,8 @@ async fn each_fault_of_a_token_has_its_name() {
     elsewhere.challenge[at] ^= 1;
     let longer = [&token[..], &[0]].concat();
     for (credential, expected) in [
-        (changed(0), "token-malformed"),
-        (changed(1), "token-malformed"),
+        (changed(0), "token-unknown-type"),
+        (changed(1), "token-unknown-type"),
         (changed(2), "token-bad"),
         (changed(34), "token-wrong-challenge"),
         (changed(66), "token-unknown-key"),

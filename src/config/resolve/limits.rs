@@ -36,6 +36,7 @@ impl Resolver<'_> {
         match (token, rate, burst) {
             (file::Token::Off, None, None) => TokenUse::Off,
             (file::Token::Required, None, None) => TokenUse::Required,
+            (file::Token::Exempt, None, None) => TokenUse::Exempt,
             (file::Token::TopUp, Some(rate), Some(burst)) => {
                 self.gcra(rate, burst, &key("token_burst")).map_or(TokenUse::Off, TokenUse::TopUp)
             }
@@ -390,9 +391,10 @@ impl Resolver<'_> {
             partition_by_provider: table.partition == file::Partition::Provider,
             timeout: table.timeout.get_ref().0,
             connections: table.connections.as_ref().map_or(2, |n| *n.get_ref()),
-            mode: match leased {
-                false => fleet::Mode::Strict,
-                true => fleet::Mode::Leased {
+            mode: match table.mode {
+                file::RedisMode::Strict => fleet::Mode::Strict,
+                file::RedisMode::Tokens => fleet::Mode::TokensOnly,
+                file::RedisMode::Leased => fleet::Mode::Leased {
                     share: table.lease_share.as_ref().map_or(10, |share| *share.get_ref()),
                     idle: table.lease_idle.as_ref().map_or(Duration::from_secs(1), |idle| idle.get_ref().0),
                 },

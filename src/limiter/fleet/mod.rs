@@ -30,6 +30,8 @@ use store::{Call, Remote, Script};
 pub enum Mode {
     /// Every request asks the store.
     Strict,
+    /// The fleet has no limits in common, only the tokens that are spent.
+    TokensOnly,
     /// A node takes cells in batches.
     Leased {
         /// A batch is a limit's burst divided by this.
@@ -104,6 +106,8 @@ struct Shared {
     remote: Remote,
     decide: Script,
     lease: Script,
+    spend: Script,
+    unspend: Script,
     denials: Denials,
     leases: Option<Leases>,
     clock: Clock,
@@ -139,7 +143,7 @@ impl Fleet {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (leases, wants) = match settings.mode {
-            Mode::Strict => (None, None),
+            Mode::Strict | Mode::TokensOnly => (None, None),
             Mode::Leased { share, idle } => {
                 let (leases, wants) = Leases::new(share, idle, settings.keys);
                 (Some(leases), Some(wants))
@@ -150,6 +154,9 @@ impl Fleet {
             remote: Remote::new(settings, metrics),
             decide: Script::new(include_str!("decide.lua")),
             lease: Script::new(include_str!("lease.lua")),
+            // What is spent is there, until it is forgotten; given back by whom it was taken.
+            spend: Script::new("return {redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) and 1 or 0}"),
+            unspend: Script::new("return {redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1]) or 0}"),
             leases,
             clock: Clock::start(),
         });
@@ -170,6 +177,11 @@ impl Fleet {
         self.shared.remote.settings().partition_by_provider
     }
 
+    /// Whether limits are kept in it.
+    pub fn keeps_limits(&self) -> bool {
+        self.shared.remote.settings().mode != Mode::TokensOnly
+    }
+
     /// Whether the store answers, as far as is known.
     pub fn is_up(&self) -> bool {
         !self.shared.remote.breaker.is_open()
@@ -181,6 +193,26 @@ impl Fleet {
             None => self.shared.decide_strictly(deadline, ask, outcomes).await,
             Some(leases) => leases.decide(&self.shared, deadline, ask, outcomes).await,
         }
+    }
+
+    /// Spends a Privacy Pass token, by its nonce, as `claim`; it is remembered for so long. Whether nobody had.
+    ///
+    /// # Errors
+    /// The store does not answer: it may or may not be spent, and is to be given back.
+    pub async fn spend(&self, nonce: &[u8; 32], claim: u64, remember: Duration) -> Result<bool, Gone> {
+        let mut call = self.shared.token(nonce, claim);
+        call.arg(remember.as_millis());
+        let deadline = Instant::now() + self.shared.remote.settings().timeout;
+        self.shared.remote.call(&self.shared.spend, &call, deadline).await.map(|answer| answer == [1])
+    }
+
+    /// Gives back what was spent as `claim`; nobody waits for it. What the store does not hear of stays spent.
+    pub fn unspend(&self, nonce: &[u8; 32], claim: u64) {
+        let (call, shared) = (self.shared.token(nonce, claim), self.shared.clone());
+        let deadline = Instant::now() + self.shared.remote.settings().timeout;
+        self.runtime.spawn(async move {
+            let _ = shared.remote.call(&shared.unspend, &call, deadline).await;
+        });
     }
 
     /// Charges what has been used already; nobody waits for it. `otherwise` if the store does not answer.
@@ -210,6 +242,14 @@ impl Shared {
         }
         name.extend(key.0.to_be_bytes());
         name
+    }
+
+    /// A spent token, by whom.
+    fn token(&self, nonce: &[u8; 32], claim: u64) -> Call {
+        let mut call = Call::new();
+        call.keys.push([self.remote.settings().prefix.as_bytes(), b":spent:", nonce].concat());
+        call.arg(format_args!("{claim:016x}"));
+        call
     }
 
     /// All checks of a request, for the script that decides.
