@@ -10,6 +10,7 @@ pub mod cli;
 pub mod config;
 pub mod dialect;
 pub mod gateway;
+pub mod issuer;
 pub mod limiter;
 pub mod privacypass;
 pub mod problem;

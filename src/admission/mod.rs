@@ -78,8 +78,8 @@ pub const BAD_TOKENS: u32 = 60;
 pub struct Tally {
     /// Places in the policy.
     of: Places,
-    /// Places of those that were not asked, for a token.
-    exempted: Places,
+    /// Places of those that a token lets past.
+    exempt: Places,
     said: Outcomes,
     by: Decided,
 }
@@ -113,7 +113,7 @@ pub struct LimitCounters {
     pub refused: prometheus::IntCounter,
     /// It did not, but a token did.
     pub topped_up: prometheus::IntCounter,
-    /// It was not asked, for a token.
+    /// It did not, but for a token that does not matter.
     pub exempted: prometheus::IntCounter,
     /// It was decided without the store that it belongs to.
     pub without_store: prometheus::IntCounter,
@@ -147,7 +147,7 @@ struct Asked {
     checks: SmallVec<[Check; 12]>,
     seconds: SmallVec<[TopUp; 1]>,
     of: Places,
-    exempted: Places,
+    exempt: Places,
     partition: u64,
 }
 
@@ -236,18 +236,32 @@ impl Admission {
     pub async fn decide(&self, subject: &Subject<'_>, token: bool, charge: bool) -> (Decision, Tally) {
         let mut asked = Asked::default();
         self.ask(subject, token, &mut asked);
-        let spared = !asked.exempted.is_empty();
         if asked.checks.is_empty() {
-            return (Decision::Pass { topped_up: spared }, Tally { exempted: asked.exempted, ..Tally::default() });
+            return (Decision::Pass { topped_up: false }, Tally::default());
         }
         let mut outcomes = Outcomes::new();
         let ask = Ask { checks: &asked.checks, seconds: &asked.seconds, charge, partition: asked.partition };
         let (pass, by) = self.limiter.decide(subject.at, &ask, &mut outcomes).await;
+        let tally = Tally { of: asked.of, exempt: asked.exempt, said: outcomes, by };
         let decision = match pass {
-            true => Decision::Pass { topped_up: spared || outcomes.contains(&Outcome::ToppedUp) },
-            false => self.refusal(subject, &asked, &outcomes),
+            true => Decision::Pass { topped_up: token && self.took_a_token(&tally) },
+            false => self.refusal(subject, &asked.checks, &tally),
         };
-        (decision, Tally { of: asked.of, exempted: asked.exempted, said: outcomes, by })
+        (decision, tally)
+    }
+
+    /// Whether a limit that enforces has let a request pass for a token only.
+    fn took_a_token(&self, tally: &Tally) -> bool {
+        let past = |i: &u16, outcome: &Outcome| match outcome {
+            Outcome::ToppedUp => true,
+            Outcome::Allowed => false,
+            Outcome::Refused(_) | Outcome::Unavailable => tally.exempt.contains(i),
+        };
+        tally.of.iter().zip(&tally.said).any(|(i, outcome)| past(i, outcome) && self.enforces(*i))
+    }
+
+    fn enforces(&self, i: u16) -> bool {
+        self.policy.limits.get(usize::from(i)).is_some_and(|limit| limit.scope.enforce)
     }
 
     #[inline]
@@ -258,10 +272,12 @@ impl Admission {
             if !limit.scope.covers(subject.operation, subject.ip) {
                 continue;
             }
+            let place = u16::try_from(i).unwrap_or(u16::MAX);
             let token_use = self.policy.token_use(limit, subject.operation);
-            if token && token_use == TokenUse::Exempt {
-                asked.exempted.push(u16::try_from(i).unwrap_or(u16::MAX));
-                continue;
+            // It is charged where it allows, and does not matter where it refuses.
+            let exempt = token && token_use == TokenUse::Exempt;
+            if exempt {
+                asked.exempt.push(place);
             }
             let top_up = match token_use {
                 TokenUse::TopUp(gcra) if token => {
@@ -279,21 +295,21 @@ impl Admission {
                 key: bound.mix.key(&parts, salt),
                 gcra,
                 cost: if limit.unit == Unit::Octets { subject.octets } else { subject.cost },
-                enforce: limit.scope.enforce,
+                enforce: limit.scope.enforce && !exempt,
                 on_failure: limit.on_store_failure,
                 overflow: bound.mix.overflow(salt),
                 top_up,
             });
-            asked.of.push(u16::try_from(i).unwrap_or(u16::MAX));
+            asked.of.push(place);
         }
     }
 
     #[cold]
-    fn refusal(&self, subject: &Subject<'_>, asked: &Asked, outcomes: &Outcomes) -> Decision {
+    fn refusal(&self, subject: &Subject<'_>, checks: &[Check], tally: &Tally) -> Decision {
         let mut token_helps = true;
         let (mut violated, mut unavailable) = (Vec::new(), Vec::new());
-        for ((i, check), outcome) in asked.of.iter().zip(&asked.checks).zip(outcomes) {
-            let limit = self.policy.limits.get(usize::from(*i)).filter(|limit| limit.scope.enforce);
+        for ((i, check), outcome) in tally.of.iter().zip(checks).zip(&tally.said) {
+            let limit = self.policy.limits.get(usize::from(*i)).filter(|_| check.enforce);
             let Some(limit) = limit else { continue };
             match outcome {
                 Outcome::Unavailable => unavailable.push(limit.scope.name.clone()),
@@ -331,8 +347,7 @@ impl Admission {
         }
         let mut asked = Asked::default();
         // As it was asked: with a token, if one did something.
-        let token = !tally.exempted.is_empty() || tally.said.contains(&Outcome::ToppedUp);
-        self.ask(subject, token, &mut asked);
+        self.ask(subject, tally.said.contains(&Outcome::ToppedUp), &mut asked);
         let ask = Ask { seconds: &asked.seconds, ..Ask::of(&asked.checks) };
         let charged = asked.checks.iter().zip(&tally.said).zip(&asked.of).filter(|(_, i)| octets(**i));
         let checks = charged.filter_map(|((check, outcome), _)| match outcome {
@@ -390,20 +405,21 @@ impl Admission {
 
     /// Counts what the limits said of a request: refusals always, the rest only of requests that none refused.
     pub fn account(&self, tally: &Tally) {
-        let enforces = |i: &u16| self.policy.limits.get(usize::from(*i)).is_some_and(|limit| limit.scope.enforce);
         let said = || tally.of.iter().zip(&tally.said);
-        let refused = said().any(|(i, outcome)| !outcome.passes() && enforces(i));
-        if !refused {
-            let counters = tally.exempted.iter().filter_map(|i| self.counters.get(usize::from(*i)));
-            counters.for_each(|counters| counters.exempted.inc());
-        }
+        let refuses = |i: &u16| self.enforces(*i) && !tally.exempt.contains(i);
+        let refused = said().any(|(i, outcome)| !outcome.passes() && refuses(i));
         for (i, outcome) in said() {
             let Some(counters) = self.counters.get(usize::from(*i)) else { continue };
             if tally.by == Decided::WithoutStore {
                 counters.without_store.inc();
             }
             match outcome {
-                Outcome::Refused(_) | Outcome::Unavailable => counters.refused.inc(),
+                Outcome::Refused(_) | Outcome::Unavailable => {
+                    counters.refused.inc();
+                    if !refused && tally.exempt.contains(i) {
+                        counters.exempted.inc();
+                    }
+                }
                 Outcome::Allowed if !refused => counters.allowed.inc(),
                 Outcome::ToppedUp if !refused => {
                     counters.refused.inc();

@@ -6,7 +6,6 @@ use crate::limiter::gcra::Gcra;
 use crate::privacypass::Purpose;
 use crate::problem::Violated;
 use ipnet::IpNet;
-use smallvec::SmallVec;
 use std::net::IpAddr;
 
 /// What of a request a limit's key is made of.
@@ -36,7 +35,7 @@ pub enum TokenUse {
     Required,
     /// Where the limit is exceeded, one lets the request into this second limit.
     TopUp(Gcra),
-    /// Where the limit is exceeded, it is not asked of a request with one.
+    /// Where the limit is exceeded, one lets the request pass.
     Exempt,
 }
 
@@ -170,12 +169,22 @@ impl Policy {
             || self.limits.iter().filter(required).any(|l| l.scope.covers(operation, ip))
     }
 
-    /// What a request of this operation from `ip` wants a token for; the limits of these names before others.
-    pub fn purpose<'a>(&'a self, operation: &Operation, ip: IpAddr, first: &[Violated]) -> Purpose<'a> {
-        let asks = |l: &&Limit| l.token != TokenUse::Off && l.scope.covers(operation, ip);
-        let mut limits: SmallVec<[&str; 4]> = self.limits.iter().filter(asks).map(|l| l.scope.name.as_str()).collect();
-        limits.sort_by_key(|name| first.iter().all(|violated| violated.policy != *name));
-        let of_endpoint = self.endpoint_token(operation) != TokenUse::Off;
+    /// What a request of this operation from `ip` wants a token for: the limits that it exceeds and that take one, and, where
+    /// one is `required`, those that do so.
+    pub fn purpose<'a>(
+        &'a self,
+        operation: &Operation,
+        ip: IpAddr,
+        exceeded: &[Violated],
+        required: bool,
+    ) -> Purpose<'a> {
+        let is_exceeded = |l: &&Limit| exceeded.iter().any(|violated| violated.policy == l.scope.name);
+        let (own, of_endpoint): (Vec<_>, Vec<_>) =
+            self.limits.iter().filter(is_exceeded).partition(|l| l.token != TokenUse::Off);
+        let requires = |l: &&Limit| l.token == TokenUse::Required && l.scope.enforce && l.scope.covers(operation, ip);
+        let requiring = self.limits.iter().filter(|l| required && requires(l));
+        let of_endpoint = !of_endpoint.is_empty() || required && self.endpoint_token(operation) == TokenUse::Required;
+        let limits = own.into_iter().chain(requiring).map(|l| l.scope.name.as_str()).collect();
         Purpose { endpoint: operation.endpoint, of_endpoint, limits }
     }
 

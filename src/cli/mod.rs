@@ -1,6 +1,8 @@
-//! The commands: `run`, `check`, `explain`.
+//! The commands: `run`, `check`, `explain`; and for trying tokens `issuer` and `token`.
 
 mod explain;
+mod issuer;
+mod token;
 
 use crate::config::Config;
 use clap::{Args, Parser, Subcommand};
@@ -27,6 +29,10 @@ enum Command {
     Check(ConfigFile),
     /// Say what the gateway makes of a request, offline
     Explain(explain::Explain),
+    /// For development: run a Privacy Pass Issuer that gives tokens to anyone
+    Issuer(issuer::Issuer),
+    /// Have a gateway challenge a request, get a token for it, and print the Authorization line
+    Token(token::Token),
 }
 
 #[derive(Debug, Args)]
@@ -50,6 +56,8 @@ pub fn main() -> ExitCode {
             None => ExitCode::FAILURE,
         },
         Command::Explain(explain) => explain.run(),
+        Command::Issuer(issuer) => issuer.run(),
+        Command::Token(token) => token.run(),
     }
 }
 
@@ -60,9 +68,7 @@ fn load(file: &ConfigFile) -> Option<Config> {
 }
 
 fn run(file: &ConfigFile) -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,pingora_core=off,pingora_proxy=off"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    log_to_stderr();
     let Some(config) = load(file) else { return ExitCode::FAILURE };
     for listener in &config.listeners {
         tracing::info!(address = %listener.address, "listening for other providers");
@@ -75,4 +81,11 @@ fn run(file: &ConfigFile) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// What the program says of itself; `RUST_LOG` says how much.
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,pingora_core=off,pingora_proxy=off"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 }

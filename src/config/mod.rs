@@ -194,6 +194,14 @@ impl Config {
     }
 }
 
+/// A duration as an operator writes it, in a file or as an argument: "250ms", "10s", "5m", "1h", "1d".
+///
+/// # Errors
+/// It is none.
+pub fn duration(text: &str) -> Result<std::time::Duration, String> {
+    units::span(text).ok_or_else(|| format!("{text:?} is no duration like \"10s\", \"5m\", \"1h\", \"1d\""))
+}
+
 /// Octets of the system's randomness.
 pub fn random<const N: usize>() -> Option<[u8; N]> {
     let mut octets = [0; N];

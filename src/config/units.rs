@@ -32,7 +32,8 @@ fn number_and_unit(text: &str) -> Option<(u64, &str)> {
     Some((number.parse().ok()?, unit.trim_start()))
 }
 
-fn span(text: &str) -> Option<Duration> {
+/// A duration: "250ms", "10s", "5m", "1h", "1d".
+pub(super) fn span(text: &str) -> Option<Duration> {
     let (number, unit) = number_and_unit(text)?;
     let seconds = |n: u64| number.checked_mul(n).map(Duration::from_secs);
     let span = match unit {

@@ -39,8 +39,9 @@ pub struct RequestContext {
     /// Its body's length is not known before it is in.
     pub(super) owes: bool,
     owing: Option<(Arc<Admission>, Owing)>,
+    /// Its token, in hand until it ends.
     pub(super) token: Option<Reservation>,
-    pub(super) used_token: bool,
+    used_token: bool,
     pub(super) decision: Decision,
     /// What follows on the connection cannot be told from this request: it ends with the answer.
     pub(super) broken: bool,
@@ -126,6 +127,22 @@ impl RequestContext {
         if self.owes {
             let owing = admission.owing(subject, tally);
             self.owing = Some(owing).filter(|owing| !owing.is_empty()).map(|owing| (admission.clone(), owing));
+        }
+    }
+
+    /// From now on the Delivery Service may have begun to process it: its token is spent.
+    pub(super) fn keep_token(&mut self) {
+        if let Some(token) = &mut self.token {
+            token.keep();
+            self.used_token = true;
+        }
+    }
+
+    /// The Delivery Service says that it has not.
+    pub(super) fn unkeep_token(&mut self) {
+        if let Some(token) = &mut self.token {
+            token.unkeep();
+            self.used_token = false;
         }
     }
 

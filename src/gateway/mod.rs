@@ -66,6 +66,15 @@ fn limited(violated: Vec<Violated>) -> Refusal {
     Refusal::Limited { violated, challenge: None }
 }
 
+/// Whether limits let a request pass; and if so, whether for a token only.
+fn passes(verdict: Verdict) -> std::result::Result<bool, Refusal> {
+    match verdict {
+        Verdict::Pass { topped_up } => Ok(topped_up),
+        Verdict::Refuse { violated, .. } => Err(limited(violated)),
+        Verdict::Unavailable { policies } => Err(Refusal::LimitsUnavailable { policies }),
+    }
+}
+
 impl Gateway {
     /// The way in: everything up to the decision. The answer is the refusal; none: the request goes on.
     async fn admit(&self, session: &mut Session, ctx: &mut RequestContext) -> std::result::Result<(), Refusal> {
@@ -197,12 +206,11 @@ impl Gateway {
         let (decision, mut tally) = admission.decide(subject, false, !required).await;
         let admitted = match decision {
             Verdict::Pass { .. } if !required => Ok(()),
-            Verdict::Pass { .. } => self.with_token(session, ctx, subject, admission, vec![], &mut tally).await,
+            Verdict::Pass { .. } => self.with_token(session, ctx, subject, required, vec![], &mut tally).await,
             Verdict::Refuse { violated, token_helps: true } => {
-                self.with_token(session, ctx, subject, admission, violated, &mut tally).await
+                self.with_token(session, ctx, subject, required, violated, &mut tally).await
             }
-            Verdict::Refuse { violated, .. } => Err(limited(violated)),
-            Verdict::Unavailable { policies } => Err(Refusal::LimitsUnavailable { policies }),
+            other => passes(other).map(drop),
         };
         admission.account(&tally);
         if admitted.is_ok() {
@@ -211,34 +219,46 @@ impl Gateway {
         admitted
     }
 
-    /// Asks again, with the token that is required, or that helps with limits that are `exceeded`. The tally is then of this
-    /// second question.
+    /// Asks again, with the token that is `required`, or that helps with limits that are `exceeded`. The tally is then of the
+    /// last question.
     async fn with_token(
         &self,
         session: &Session,
         ctx: &mut RequestContext,
         subject: &Subject<'_>,
-        admission: &Admission,
+        required: bool,
         exceeded: Vec<Violated>,
         tally: &mut Tally,
     ) -> std::result::Result<(), Refusal> {
+        let admission = &self.0.admission.load_full();
         let headers = &session.req_header().headers;
         let origin = self.0.privacy_pass.as_ref().ok_or(Refusal::Internal)?;
-        let purpose = admission.policy().purpose(subject.operation, subject.ip, &exceeded);
-        let required = exceeded.is_empty();
-        // To verify a token is dear, and one that fails is charged to no limit: who brings many has a limit for that.
+        let purpose = admission.policy().purpose(subject.operation, subject.ip, &exceeded, required);
+        // To verify a token is dear, and one that fails is charged to no limit: who brings many has a limit for that. Nor is
+        // one verified that would not help.
         if privacypass::has_credential(headers) {
             admission.token_attempt(subject.ip, false).map_err(|violated| limited(vec![violated]))?;
+            if !exceeded.is_empty() {
+                let (decision, with_one) = admission.decide(subject, true, false).await;
+                if let Err(refusal) = passes(decision) {
+                    *tally = with_one;
+                    return Err(refusal);
+                }
+            }
         }
         let token = match origin.redeem(headers, &purpose).await {
             Ok(token) => token,
             // A limit that a token would help with is a limit first.
-            Err(TokenProblem::Missing) if !required => {
+            Err(TokenProblem::Missing) if !exceeded.is_empty() => {
                 return Err(Refusal::Limited { violated: exceeded, challenge: origin.challenge(&purpose) });
             }
             Err(problem) => {
                 if problem == TokenProblem::BadAuthenticator {
                     let _ = admission.token_attempt(subject.ip, true);
+                }
+                if exceeded.is_empty() {
+                    // Limits would have let it pass, and were charged nothing.
+                    *tally = Tally::default();
                 }
                 let challenge = origin.challenge(&purpose);
                 // Nothing can be asked for; that it must be brought says nothing to anybody.
@@ -246,17 +266,13 @@ impl Gateway {
                 return Err(Refusal::Token { problem, challenge });
             }
         };
-        let (decision, again) = admission.decide(subject, true, true).await;
+        // A token takes its time: what is asked now has a deadline of its own.
+        let (decision, again) = admission.decide(&Subject { at: Instant::now(), ..*subject }, true, true).await;
         *tally = again;
-        match decision {
-            Verdict::Pass { topped_up } => {
-                // One that was not needed after all is not spent.
-                ctx.token = Some(token).filter(|_| topped_up || required);
-                Ok(())
-            }
-            Verdict::Refuse { violated, .. } => Err(limited(violated)),
-            Verdict::Unavailable { policies } => Err(Refusal::LimitsUnavailable { policies }),
-        }
+        let topped_up = passes(decision)?;
+        // One that was not needed after all is not spent.
+        ctx.token = Some(token).filter(|_| topped_up || required);
+        Ok(())
     }
 
     /// Answers a refusal.
@@ -268,8 +284,10 @@ impl Gateway {
             _ => vec![],
         };
         ctx.decision = Decision::Refused;
-        // It is under way no more, however long its sender takes to read this.
+        // It is under way no more, however long its sender takes to read this; and a token is given back before it is sent
+        // again.
         ctx.tickets.clear();
+        ctx.token = None;
         ctx.refused = Some((status, refusal.reason(), limits));
         let document = Bytes::from(refusal.document());
         let mut response = ResponseHeader::build(status, Some(8))?;
@@ -311,10 +329,7 @@ impl Gateway {
     /// `/.well-known/mimi/ds-domain`.
     async fn discovery(&self, session: &mut Session, ctx: &mut RequestContext) -> Result<()> {
         ctx.decision = Decision::Answered;
-        if let Some(token) = ctx.token.take() {
-            token.keep();
-            ctx.used_token = true;
-        }
+        ctx.keep_token();
         let domain = Bytes::from(self.0.provider.ds_domain.clone());
         let mut response = ResponseHeader::build(StatusCode::OK, Some(3))?;
         response.insert_header(header::CONTENT_TYPE, "text/plain")?;
@@ -430,6 +445,9 @@ impl ProxyHttp for Gateway {
         let again = forward::was_left_untouched(&e)
             && status_written(session).is_none()
             && !session.as_ref().retry_buffer_truncated();
+        if again {
+            ctx.unkeep_token();
+        }
         // Once to the same node, on another connection; if it will not have it then, to the next.
         if again
             && !std::mem::replace(&mut ctx.resent, true)
@@ -468,10 +486,7 @@ impl ProxyHttp for Gateway {
         let takes_tokens = self.0.privacy_pass.is_some();
         forward::set_fields(request, endpoint, client, ctx.provider.as_deref(), &ctx.id, takes_tokens)?;
         // The next thing is to write to the node.
-        if let Some(token) = ctx.token.take() {
-            token.keep();
-            ctx.used_token = true;
-        }
+        ctx.keep_token();
         Ok(())
     }
 

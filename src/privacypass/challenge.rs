@@ -40,9 +40,9 @@ pub enum BoundTo {
 pub struct Purpose<'a> {
     /// Its endpoint.
     pub endpoint: &'a str,
-    /// The endpoint itself asks for one.
+    /// The endpoint itself asks for one, or lets one past a limit that is exceeded.
     pub of_endpoint: bool,
-    /// The limits that ask for one, by name; those it exceeds first.
+    /// The limits that ask for one, by name: those that are exceeded, then those that require one.
     pub limits: SmallVec<[&'a str; 4]>,
 }
 
@@ -53,9 +53,9 @@ pub struct Challenges {
     bound_to: BoundTo,
     secret: hmac::Key,
     issuers: Vec<Arc<Issuer>>,
-    /// Those of the latest epoch, by what they are bound to, in the order of the issuers. As many as there are endpoints or
+    /// Those of the latest epochs, by what they are bound to, in the order of the issuers. As many as there are endpoints or
     /// limits.
-    sealed: Mutex<HashMap<String, Arc<Epoch>>>,
+    sealed: Mutex<HashMap<String, Vec<Arc<Epoch>>>>,
 }
 
 struct Epoch {
@@ -146,17 +146,23 @@ impl Challenges {
         Sealed { digest: sha256(&octets), octets }
     }
 
-    /// The challenges of an epoch, made once where it is the latest.
+    /// The challenges of an epoch, made once: to know that a digest is of none of them must be cheap.
     fn sealed(&self, binding: &str, number: u64) -> Arc<Epoch> {
-        let known = self.sealed.lock().get(binding).cloned();
-        if let Some(known) = known.as_ref().filter(|known| known.number == number) {
-            return known.clone();
+        let known = |epochs: &Vec<Arc<Epoch>>| epochs.iter().find(|epoch| epoch.number == number).cloned();
+        if let Some(known) = self.sealed.lock().get(binding).and_then(known) {
+            return known;
         }
         let of = self.issuers.iter().map(|issuer| self.seal(issuer, binding, number)).collect();
         let epoch = Arc::new(Epoch { number, of });
-        if known.is_none_or(|known| known.number < number) {
-            self.sealed.lock().insert(binding.to_owned(), epoch.clone());
+        let mut sealed = self.sealed.lock();
+        let epochs = sealed.entry(binding.to_owned()).or_default();
+        // Those that are accepted or known for expired, and the next.
+        if epochs.len() >= 3 + REMEMBERED as usize
+            && let Some(oldest) = (0..epochs.len()).min_by_key(|i| epochs.get(*i).map(|epoch| epoch.number))
+        {
+            epochs.swap_remove(oldest);
         }
+        epochs.push(epoch.clone());
         epoch
     }
 

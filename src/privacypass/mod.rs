@@ -9,16 +9,17 @@
 //! threads of their own ([`Pool`]), taken in hand ([`Spent`]). What costs more comes later.
 
 mod challenge;
-mod directory;
+pub mod client;
+pub(crate) mod directory;
 mod issuer;
 mod key;
-mod known_bad;
 mod pool;
+mod refused;
 mod spent;
 mod token;
 
 pub use challenge::{BoundTo, Challenges, Purpose, quoted_challenge};
-pub use directory::Directory;
+pub use directory::{Directory, MEDIA_TYPE};
 pub use issuer::Issuer;
 pub use key::{Key, KeyError, MOST_KEYS};
 pub use pool::{Busy, Pool};
@@ -29,9 +30,9 @@ use crate::limiter::fleet::Fleet;
 use crate::problem::TokenProblem;
 use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderValue};
-use known_bad::KnownBad;
 use privacypass::TokenType;
 use prometheus::{Histogram, IntCounter, IntGauge};
+use refused::Refused;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -79,8 +80,8 @@ pub struct Metrics {
     pub seconds: Histogram,
     /// Tokens refused because too many were waiting.
     pub shed: IntCounter,
-    /// Tokens known not to verify, refused from memory.
-    pub known_bad: IntCounter,
+    /// Tokens known for refused, refused again from memory.
+    pub refused_again: IntCounter,
     /// Spent tokens that are remembered on this node.
     pub spent: IntGauge,
     /// Of each issuer with a directory, by name.
@@ -120,8 +121,10 @@ impl Metrics {
 pub struct Origin {
     challenges: ArcSwap<Challenges>,
     secret: Vec<u8>,
+    /// Nothing else would be the same after a change of it: files, and what is remembered.
+    epoch: Duration,
     pool: Pool,
-    known_bad: Arc<KnownBad>,
+    refused: Arc<Refused>,
     spent: Arc<Spent>,
     metrics: Metrics,
     /// Where directories are asked. None before the first of them.
@@ -175,28 +178,34 @@ impl Origin {
                 let mark = [&b"moh-gateway spent tokens of "[..], &settings.epoch.as_nanos().to_be_bytes()].concat();
                 spent.with_files(&dir, derive(&secret, &mark), challenges.epoch_at(unix_now()))?
             }
-            SpentIn::Fleet(without) => spent.with_fleet(fleet.ok_or_else(|| missing("[limits.redis]"))?, without),
+            SpentIn::Fleet(without) => {
+                let fleet = fleet.ok_or_else(|| missing("[limits.redis]"))?;
+                fleet.warn_of_eviction();
+                spent.with_fleet(fleet, without)
+            }
         };
         let bad = crate::config::random().ok_or_else(|| missing("randomness"))?;
         let origin = Self {
             challenges: ArcSwap::from_pointee(challenges),
             secret,
+            epoch: settings.epoch,
             pool: Pool::start(settings.threads, settings.max_wait)?,
-            known_bad: Arc::new(KnownBad::new(halves(bad))),
+            refused: Arc::new(Refused::new(halves(bad))),
             spent: Arc::new(spent),
             metrics,
             directories: parking_lot::Mutex::default(),
         };
-        origin.ask_directories(&[])?;
+        let challenges = origin.challenges.load_full();
+        origin.ask_directories(&challenges, &[])?;
         Ok(origin)
     }
 
     /// Asks the directories of all issuers but those that are asked already.
-    fn ask_directories(&self, already: &[Arc<Issuer>]) -> std::io::Result<()> {
-        let challenges = self.challenges.load_full();
+    fn ask_directories(&self, of: &Challenges, already: &[Arc<Issuer>]) -> std::io::Result<()> {
         let mut handle = self.directories.lock();
-        for issuer in challenges.issuers().iter().filter(|issuer| issuer.directory().is_some()) {
+        for issuer in of.issuers().iter().filter(|issuer| issuer.directory().is_some()) {
             if already.iter().any(|one| Arc::ptr_eq(one, issuer)) {
+                issuer.ask_now();
                 continue;
             }
             if handle.is_none() {
@@ -208,33 +217,39 @@ impl Origin {
             }
             if let Some(handle) = &*handle {
                 let metrics = self.metrics.directory(issuer);
-                handle.spawn(directory::keep(Arc::downgrade(issuer), challenges.accepted_for(), metrics));
+                handle.spawn(directory::keep(Arc::downgrade(issuer), of.accepted_for(), metrics));
             }
         }
         Ok(())
     }
 
-    /// Takes over what a configuration says of issuers, origin, epoch and bindings; the rest takes a restart. Issuers whose
-    /// directory is what it was keep what they have heard.
+    /// Takes over what a configuration says of issuers, origin and bindings; the rest takes a restart. Directories are asked
+    /// at once. Issuers keep what their directories have said so far.
     ///
     /// # Errors
-    /// There are no threads to be had.
+    /// The epoch or the secret is another: what is spent is known by them. Or there are no threads to be had.
     pub fn reload(&self, settings: Settings) -> std::io::Result<()> {
+        if settings.epoch != self.epoch || settings.secret.as_ref().is_some_and(|secret| *secret != self.secret) {
+            return Err(std::io::Error::other("another epoch or secret takes a restart"));
+        }
         let before = self.challenges.load_full();
-        let same = |new: &Issuer| {
-            let directory = new.directory()?;
-            let is = |old: &&Arc<Issuer>| {
-                old.name() == new.name()
-                    && old.kind() == new.kind()
-                    && old.directory().is_some_and(|of| of.is(directory))
+        let succeed = |new: Issuer| {
+            let of_name = |old: &&Arc<Issuer>| old.name() == new.name() && old.kind() == new.kind();
+            let (Some(old), Some(directory)) = (before.issuers().iter().find(of_name), new.directory()) else {
+                return Arc::new(new);
             };
-            before.issuers().iter().find(is).cloned()
+            if old.directory().is_some_and(|of| of.is(directory)) {
+                return old.clone();
+            }
+            // Until its directory has answered.
+            new.inherit(old);
+            Arc::new(new)
         };
-        let issuers = settings.issuers.into_iter().map(|new| same(&new).unwrap_or_else(|| Arc::new(new))).collect();
-        let secret = settings.secret.unwrap_or_else(|| self.secret.clone());
-        let challenges = Challenges::new(settings.origin, settings.epoch, settings.bound_to, &secret, issuers);
+        let issuers = settings.issuers.into_iter().map(succeed).collect();
+        let challenges = Challenges::new(settings.origin, self.epoch, settings.bound_to, &self.secret, issuers);
+        self.ask_directories(&challenges, before.issuers())?;
         self.challenges.store(Arc::new(challenges));
-        self.ask_directories(before.issuers())
+        Ok(())
     }
 
     /// `WWW-Authenticate`: a fresh challenge for each issuer and type. None: no issuer has a key now.
@@ -253,33 +268,43 @@ impl Origin {
         let token = Token::read(octets)?;
         let kind = token.kind();
         let known = self.challenges.load().recognise(&token, purpose, unix_now())?;
-        if self.known_bad.contains(token.octets()) {
-            self.metrics.known_bad.inc();
-            return Err(TokenProblem::BadAuthenticator);
-        }
-        if self.spent.contains(token.nonce()) {
-            return Err(TokenProblem::Spent);
+        let elsewhere = Refused::elsewhere(token.nonce(), unix_now());
+        let again = match (self.refused.contains(token.octets()), self.refused.contains(&elsewhere)) {
+            (true, _) => Some(TokenProblem::BadAuthenticator),
+            (false, true) => Some(TokenProblem::Spent),
+            (false, false) => self.spent.contains(token.nonce()).then_some(TokenProblem::Spent),
+        };
+        if let Some(problem) = again {
+            self.metrics.refused_again.inc();
+            return Err(problem);
         }
         let timer = self.metrics.seconds.start_timer();
-        let (spent, known_bad, key) = (self.spent.clone(), self.known_bad.clone(), known.key);
+        let nonce = *token.nonce();
+        let (spent, key) = (self.spent.clone(), known.key);
         let work = move || {
-            if !key.verifies(&token) {
-                known_bad.insert(token.octets());
-                return Err(TokenProblem::BadAuthenticator);
-            }
-            Spent::reserve(&spent, *token.nonce(), known.epoch, known.current)
+            let verifies = key.verifies(&token);
+            (verifies.then(|| spent.prepare(known.epoch)), token)
         };
-        let Ok(taken) = self.pool.run(kind, work).await else {
+        let Ok((prepared, token)) = self.pool.run(kind, work).await else {
             timer.stop_and_discard();
             self.metrics.shed.inc();
             return Err(TokenProblem::Busy);
         };
-        let reservation = taken?.claim(known.remember).await?;
+        let Some(prepared) = prepared else {
+            self.refused.insert(token.octets());
+            return Err(TokenProblem::BadAuthenticator);
+        };
+        prepared?;
+        let reservation = Spent::reserve(&self.spent, nonce, known.epoch, known.current)?.claim(known.remember).await;
+        if matches!(reservation, Err(TokenProblem::Spent)) {
+            self.refused.insert(&elsewhere);
+        }
         drop(timer);
-        Ok(reservation.counted_by(self.metrics.redeemed(kind)))
+        Ok(reservation?.counted_by(self.metrics.redeemed(kind)))
     }
 }
 
-fn unix_now() -> Duration {
+/// The time since the Unix epoch.
+pub fn unix_now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }

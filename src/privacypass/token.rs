@@ -124,21 +124,40 @@ pub(super) fn credential(headers: &HeaderMap) -> Result<Option<Vec<u8>>, TokenPr
     }
     // Whatever is much longer than the longest token is not read.
     let text = std::str::from_utf8(found).ok().filter(|text| text.len() < 4 * MOST);
+    let mut rest = text.ok_or(TokenProblem::Malformed)?;
     let mut token = None;
-    for parameter in text.ok_or(TokenProblem::Malformed)?.split(',') {
-        let (name, value) = parameter.split_once('=').ok_or(TokenProblem::Malformed)?;
-        let (name, value) = (name.trim_matches([' ', '\t']), value.trim_matches([' ', '\t']));
-        let value = match value.strip_prefix('"') {
-            Some(quoted) => quoted.strip_suffix('"').ok_or(TokenProblem::Malformed)?,
-            None => value,
-        };
+    while !rest.is_empty() {
+        let (name, value, after) = parameter(rest).ok_or(TokenProblem::Malformed)?;
         // Parameters of others' making are allowed and mean nothing (RFC 9577 §2.2); the token is one.
         if name.eq_ignore_ascii_case("token") && token.replace(value).is_some() {
             return Err(TokenProblem::Malformed);
         }
+        rest = after;
     }
     let octets = BASE64URL.decode(token.ok_or(TokenProblem::Malformed)?).map_err(|_| TokenProblem::Malformed)?;
     Ok(Some(octets))
+}
+
+/// The first of parameters, `name=value` or `name="value"`, without its quotes; and those after its comma. A second credential
+/// is none: a name has no blanks (RFC 9110 §11.2, §5.6.2).
+fn parameter(text: &str) -> Option<(&str, &str, &str)> {
+    const BLANK: [char; 2] = [' ', '\t'];
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c);
+    let (name, value) = text.split_once('=')?;
+    let (name, value) = (name.trim_matches(BLANK), value.trim_start_matches(BLANK));
+    if name.is_empty() || !name.chars().all(is_of_name) {
+        return None;
+    }
+    let (value, after) = match value.strip_prefix('"') {
+        // What has escapes is no token.
+        Some(quoted) => quoted.split_once('"')?,
+        None => value.split_at(value.find([',', ' ', '\t']).unwrap_or(value.len())),
+    };
+    match after.trim_start_matches(BLANK) {
+        "" => Some((name, value, "")),
+        // Elements of a list may be empty (RFC 9110 §5.6.1.2).
+        more => Some((name, value, more.strip_prefix(',')?.trim_start_matches([',', ' ', '\t']))),
+    }
 }
 
 #[cfg(test)]
@@ -158,6 +177,8 @@ mod tests {
         assert!(good(&format!("privatetoken token={token}")));
         assert!(good(&format!("PrivateToken  token = \"{bare}\"")));
         assert!(good(&format!("PrivateToken token={bare}, extension=\"x\"")));
+        assert!(good(&format!("PrivateToken token=\"{token}\" , ,")));
+        assert!(good(&format!("PrivateToken extension=\"a, b=c\" ,token={token}")));
         assert_eq!(credential(&headers(&["Bearer abc", "PrivateTokens token=\"x\""])), Ok(None));
         assert_eq!(credential(&headers(&[])), Ok(None));
 
@@ -172,9 +193,14 @@ mod tests {
             format!("PrivateToken tokens=\"{token}\""),
             format!("PrivateToken token=\"{token}\", token=\"{token}\""),
             format!("PrivateToken token=\"{token}\", Bearer abc"),
+            format!("PrivateToken token=\"{token}\", Bearer a=b"),
+            format!("PrivateToken token=\"{token}\", PrivateToken token=\"{token}\""),
+            format!("PrivateToken token=\"{token}\" token=\"{token}\""),
+            format!("PrivateToken token={token} x"),
+            "PrivateToken =".to_owned(),
             format!("PrivateToken token=\"{}\"", "A".repeat(100_000)),
         ] {
-            assert_eq!(credential(&headers(&[&bad])), Err(TokenProblem::Malformed), "{bad:.60}");
+            assert_eq!(credential(&headers(&[&bad])), Err(TokenProblem::Malformed), "{}", bad.replace(&token, "T"));
         }
         assert_eq!(credential(&headers(&[&one, &one])), Err(TokenProblem::Malformed), "two credentials");
         assert!(credential(&headers(&["Bearer x", &one])).unwrap().is_some(), "another scheme beside it");

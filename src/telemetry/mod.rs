@@ -134,7 +134,7 @@ impl Metrics {
             providers,
             limits: counters(
                 "limit_decisions_total",
-                "What limits said: allowed, refused (a shadow's refusal refuses nobody), topped-up (of the refused, let in by a token), exempted (not asked, for a token).",
+                "What limits said: allowed, refused (a shadow's refusal refuses nobody), topped-up and exempted (of the refused, let in by a token).",
                 &["limit", "mode", "outcome"],
             )?,
             gateway_seconds: histograms(
@@ -247,7 +247,10 @@ impl Metrics {
             redeemed: privacypass::TYPES.map(|kind| redeemed.with_label_values(&[(kind as u16).to_string()])),
             seconds: registered(&self.registry, Histogram::with_opts(seconds.buckets(BUCKETS.to_vec()))?)?,
             shed: counter("tokens_shed_total", "Tokens refused because too many were waiting to be verified.")?,
-            known_bad: counter("tokens_known_bad_total", "Tokens known not to verify, refused from memory.")?,
+            refused_again: counter(
+                "tokens_refused_again_total",
+                "Bad and spent tokens that came again, refused from memory.",
+            )?,
             spent: registered(&self.registry, spent)?,
             directories: registered(&self.registry, IntCounterVec::new(directories, &["issuer", "result"])?)?,
             heard: registered(&self.registry, IntGaugeVec::new(heard, &["issuer"])?)?,

@@ -10,7 +10,7 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
-use rustls::sign::CertifiedKey;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{RootCertStore, ServerConfig};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -67,29 +67,29 @@ pub struct CertificateStore {
     by_name: HashMap<String, Arc<CertifiedKey>>,
 }
 
-/// What a client of ours speaks TLS with, to servers whose certificates chain to the roots in `pem`.
+/// What a client of ours speaks TLS with: to servers whose certificates chain to `roots`, with a certificate of its own or
+/// without.
 ///
 /// # Errors
-/// There are no roots in it, or they cannot be read.
-pub fn client_config(pem: &[u8]) -> Result<rustls::ClientConfig, Error> {
+/// rustls does not take it.
+pub fn client_config(roots: RootCertStore, identity: Option<Certificate>) -> Result<rustls::ClientConfig, Error> {
     let builder = rustls::ClientConfig::builder_with_provider(Arc::new(provider()))
-        .with_protocol_versions(&[&rustls::version::TLS13])?;
-    Ok(builder.with_root_certificates(roots(pem)?).with_no_client_auth())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots);
+    Ok(match identity {
+        Some(certificate) => builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certificate.key))),
+        None => builder.with_no_client_auth(),
+    })
 }
 
-/// What a client of ours speaks TLS with, to servers whose certificates chain to the system's roots.
+/// The system's roots.
 ///
 /// # Errors
-/// The system has none.
-pub fn system_client_config() -> Result<rustls::ClientConfig, Error> {
+/// There is none.
+pub fn system_roots() -> Result<RootCertStore, Error> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    if roots.is_empty() {
-        return Err(Error::NoCertificate);
-    }
-    let builder = rustls::ClientConfig::builder_with_provider(Arc::new(provider()))
-        .with_protocol_versions(&[&rustls::version::TLS13])?;
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    if roots.is_empty() { Err(Error::NoCertificate) } else { Ok(roots) }
 }
 
 /// TLS 1.3 cipher suites only; X25519MLKEM768 is the first of the key exchanges (feature `prefer-post-quantum`).

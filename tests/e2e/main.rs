@@ -16,6 +16,7 @@ mod fleet;
 mod forwarding;
 mod harness;
 mod hostile;
+mod interop;
 mod limits;
 mod outside;
 mod refusals;

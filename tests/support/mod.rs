@@ -14,6 +14,7 @@ pub mod client;
 pub mod delivery;
 pub mod ds;
 pub mod encode;
+pub mod issuing;
 pub mod mls;
 pub mod pki;
 pub mod program;

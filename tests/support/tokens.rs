@@ -1,5 +1,5 @@
-//! Privacy Pass (RFC 9577, 9578), publicly verifiable tokens (type 0x0002): an issuer for development, and what a client
-//! does between a challenge and a token. The client's half is the `privacypass` crate's; the issuer's is RSA by the book.
+//! Privacy Pass (RFC 9577, 9578): issuers of all types for tests, and what a client does between a challenge and a token. Both
+//! halves of the VOPRF types, and the client's of Blind RSA, are the `privacypass` crate's; the issuer's is RSA by the book.
 //!
 //! ```ignore
 //! let challenge = &tokens::challenges(&response.headers)[0];
@@ -18,13 +18,22 @@
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
+use std::task::{Context, Poll, Waker};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{URL_SAFE, URL_SAFE_NO_PAD};
 use http::HeaderMap;
+use p384::NistP384;
+use privacypass::amortized_tokens::{AmortizedBatchTokenRequest, server::Server as BatchServer};
 use privacypass::auth::authenticate::TokenChallenge;
+use privacypass::common::private::{
+    PrivateCipherSuite, deserialize_public_key, public_key_to_truncated_token_key_id, serialize_public_key,
+};
+use privacypass::common::store::PrivateKeyStore as _;
+use privacypass::private_tokens::{self, Ristretto255};
 use privacypass::public_tokens::{PublicKey, TokenRequest, TokenResponse};
-use privacypass::{Deserialize as _, Serialize as _};
+use privacypass::test_utils::private_memory_store::MemoryKeyStoreVoprf;
+use privacypass::{Deserialize as _, Serialize as _, TokenType, VoprfServer};
 use rsa::pkcs8::DecodePrivateKey as _;
 use rsa::rand_core::{TryCryptoRng, TryRng};
 use rsa::traits::PublicKeyParts as _;
@@ -36,60 +45,170 @@ const NK: usize = 256;
 /// An issuer with one key. It gives tokens to anyone.
 pub struct Issuer {
     pub name: String,
-    key: RsaPrivateKey,
+    secret: Secret,
     token_key: Vec<u8>,
 }
 
+enum Secret {
+    BlindRsa(Box<RsaPrivateKey>),
+    P384(Vec<u8>),
+    Ristretto255(Vec<u8>),
+}
+
 impl Issuer {
-    /// An issuer with a new key.
+    /// An issuer with a new key, of type 2.
     pub fn generate(name: &str) -> Issuer {
         // aws-lc-rs finds primes much faster than the rsa crate does.
         let pair = aws_lc_rs::rsa::KeyPair::generate(aws_lc_rs::rsa::KeySize::Rsa2048).unwrap();
         let der = aws_lc_rs::encoding::AsDer::<aws_lc_rs::encoding::Pkcs8V1Der<'_>>::as_der(&pair).unwrap();
         let key = RsaPrivateKey::from_pkcs8_der(der.as_ref()).unwrap();
         let token_key = PublicKey::new(RsaPublicKey::from(&key)).to_spki().unwrap();
-        Issuer { name: name.to_owned(), key, token_key }
+        Issuer { name: name.to_owned(), secret: Secret::BlindRsa(Box::new(key)), token_key }
     }
 
-    /// The public key as it is published: DER of a SubjectPublicKeyInfo, id-RSASSA-PSS.
+    /// An issuer with a new key, of any type.
+    pub fn of(name: &str, kind: TokenType) -> Issuer {
+        let (secret, token_key) = match kind {
+            TokenType::Public => return Issuer::generate(name),
+            TokenType::PrivateP384 => {
+                let (scalar, key) = voprf_key::<NistP384>(48);
+                (Secret::P384(scalar), key)
+            }
+            TokenType::PrivateRistretto255 => {
+                let (scalar, key) = voprf_key::<Ristretto255>(32);
+                (Secret::Ristretto255(scalar), key)
+            }
+        };
+        Issuer { name: name.to_owned(), secret, token_key }
+    }
+
+    pub fn kind(&self) -> TokenType {
+        match self.secret {
+            Secret::BlindRsa(_) => TokenType::Public,
+            Secret::P384(_) => TokenType::PrivateP384,
+            Secret::Ristretto255(_) => TokenType::PrivateRistretto255,
+        }
+    }
+
+    /// The public key as it is published: for Blind RSA, DER of a SubjectPublicKeyInfo, id-RSASSA-PSS.
     pub fn token_key(&self) -> &[u8] {
         &self.token_key
     }
 
-    /// Writes the public key (DER) to `dir/name`.
+    /// Writes what a gateway's `key_file` is to `dir/name`: the public key (DER), or the private one (hexadecimal).
     pub fn write(&self, dir: &Path, name: &str) -> PathBuf {
         let path = dir.join(name);
-        std::fs::write(&path, &self.token_key).unwrap();
+        match &self.secret {
+            Secret::BlindRsa(_) => std::fs::write(&path, &self.token_key).unwrap(),
+            Secret::P384(scalar) | Secret::Ristretto255(scalar) => std::fs::write(&path, hex::encode(scalar)).unwrap(),
+        }
         path
     }
 
-    /// Answers a TokenRequest with a TokenResponse (RFC 9578 §6.2): a blind signature, the private-key operation alone.
-    pub fn issue(&self, request: &[u8]) -> Result<Vec<u8>, String> {
+    /// A table of a gateway's configuration, with a key file that [`Issuer::write`] has made.
+    pub fn table(&self, file: &str) -> String {
+        let (name, kind) = (&self.name, self.kind() as u16);
+        format!("[[privacy_pass.issuer]]\nname = \"{name}\"\ntoken_type = {kind}\nkey_file = \"{file}\"\n")
+    }
+
+    /// Answers a TokenRequest of Blind RSA with a TokenResponse (RFC 9578 §6.2): a blind signature, the private-key operation
+    /// alone.
+    fn sign(&self, key: &RsaPrivateKey, request: &[u8]) -> Result<Vec<u8>, String> {
         let (head, blinded) = request.split_at_checked(3).ok_or("too short a TokenRequest")?;
         let key_id = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &self.token_key);
         if head[..2] != [0, 2] || Some(&head[2]) != key_id.as_ref().last() || blinded.len() != NK {
             return Err("not a TokenRequest for this key".to_owned());
         }
-        let blinded =
-            BoxedUint::from_be_slice(blinded, self.key.n().bits_precision()).map_err(|error| error.to_string())?;
-        let signature = rsa::hazmat::rsa_decrypt_and_check(&self.key, Some(&mut Random), &blinded)
-            .map_err(|error| error.to_string())?;
+        let blinded = BoxedUint::from_be_slice(blinded, key.n().bits_precision()).map_err(|error| error.to_string())?;
+        let signature =
+            rsa::hazmat::rsa_decrypt_and_check(key, Some(&mut Random), &blinded).map_err(|error| error.to_string())?;
         let octets = signature.to_be_bytes();
         Ok(octets[octets.len() - NK..].to_vec())
     }
 
     /// A token for a challenge: asked for, issued, unblinded. Its octets, ready for [`authorization`].
     pub fn token(&self, challenge: &Challenge) -> Result<Vec<u8>, String> {
-        let key = PublicKey::from_spki(&challenge.token_key).map_err(|error| error.to_string())?;
         let parsed = TokenChallenge::deserialize(&challenge.challenge).map_err(|error| error.to_string())?;
         if parsed.serialize().ok().as_deref() != Some(&challenge.challenge[..]) {
             return Err("a challenge with octets after its end".to_owned());
         }
-        let (request, state) = TokenRequest::new(&mut Random, key, &parsed).map_err(|error| error.to_string())?;
-        let response = self.issue(&request.tls_serialize_detached().map_err(|error| error.to_string())?)?;
+        let key = match &self.secret {
+            Secret::P384(scalar) => return voprf_token::<NistP384>(scalar, challenge, &parsed),
+            Secret::Ristretto255(scalar) => return voprf_token::<Ristretto255>(scalar, challenge, &parsed),
+            Secret::BlindRsa(key) => key,
+        };
+        let public = PublicKey::from_spki(&challenge.token_key).map_err(|error| error.to_string())?;
+        let (request, state) = TokenRequest::new(&mut Random, public, &parsed).map_err(|error| error.to_string())?;
+        let response = self.sign(key, &request.tls_serialize_detached().map_err(|error| error.to_string())?)?;
         let response = TokenResponse::tls_deserialize(&mut &response[..]).map_err(|error| error.to_string())?;
         let token = response.issue_token(&state).map_err(|error| error.to_string())?;
         token.tls_serialize_detached().map_err(|error| error.to_string())
+    }
+
+    /// Tokens for a challenge that were issued at once (draft-ietf-privacypass-batched-tokens): of the VOPRF types.
+    pub fn batch(&self, challenge: &Challenge, nr: u16) -> Result<Vec<Vec<u8>>, String> {
+        let parsed = TokenChallenge::deserialize(&challenge.challenge).map_err(|error| error.to_string())?;
+        match &self.secret {
+            Secret::P384(scalar) => voprf_batch::<NistP384>(scalar, challenge, &parsed, nr),
+            Secret::Ristretto255(scalar) => voprf_batch::<Ristretto255>(scalar, challenge, &parsed, nr),
+            Secret::BlindRsa(_) => Err("there are no batches of type 2".to_owned()),
+        }
+    }
+}
+
+/// A scalar, and its public key: octets are drawn until they are one.
+fn voprf_key<CS: PrivateCipherSuite>(len: usize) -> (Vec<u8>, Vec<u8>) {
+    loop {
+        let mut scalar = vec![0; len];
+        aws_lc_rs::rand::fill(&mut scalar).unwrap();
+        if let Ok(server) = VoprfServer::<CS>::new_with_key(&scalar) {
+            return (scalar, serialize_public_key::<CS>(server.get_public_key()));
+        }
+    }
+}
+
+/// The crate's store, with one key.
+fn voprf_store<CS: PrivateCipherSuite>(scalar: &[u8]) -> MemoryKeyStoreVoprf<CS> {
+    let store = MemoryKeyStoreVoprf::default();
+    let server = VoprfServer::<CS>::new_with_key(scalar).unwrap();
+    now(store.insert(public_key_to_truncated_token_key_id::<CS>(&server.get_public_key()), server));
+    store
+}
+
+fn voprf_token<CS: PrivateCipherSuite>(
+    scalar: &[u8],
+    challenge: &Challenge,
+    parsed: &TokenChallenge,
+) -> Result<Vec<u8>, String> {
+    let key = deserialize_public_key::<CS>(&challenge.token_key).map_err(|error| error.to_string())?;
+    let (request, state) = private_tokens::TokenRequest::<CS>::new(key, parsed).map_err(|error| error.to_string())?;
+    let server = private_tokens::server::Server::<CS>::new();
+    let response =
+        now(server.issue_token_response(&voprf_store(scalar), request)).map_err(|error| error.to_string())?;
+    let token = response.issue_token(&state).map_err(|error| error.to_string())?;
+    token.tls_serialize_detached().map_err(|error| error.to_string())
+}
+
+fn voprf_batch<CS: PrivateCipherSuite>(
+    scalar: &[u8],
+    challenge: &Challenge,
+    parsed: &TokenChallenge,
+    nr: u16,
+) -> Result<Vec<Vec<u8>>, String> {
+    let key = deserialize_public_key::<CS>(&challenge.token_key).map_err(|error| error.to_string())?;
+    let (request, state) = AmortizedBatchTokenRequest::<CS>::new(key, parsed, nr).map_err(|error| error.to_string())?;
+    let server = BatchServer::<CS>::new();
+    let response =
+        now(server.issue_token_response(&voprf_store(scalar), request)).map_err(|error| error.to_string())?;
+    let tokens = response.issue_tokens(&state).map_err(|error| error.to_string())?;
+    tokens.iter().map(|token| token.tls_serialize_detached().map_err(|error| error.to_string())).collect()
+}
+
+/// The crate's issuers wait for nothing.
+fn now<F: Future>(future: F) -> F::Output {
+    match std::pin::pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(output) => output,
+        Poll::Pending => panic!("it waits"),
     }
 }
 

@@ -324,7 +324,7 @@ impl Resolver<'_> {
             None => None,
             Some(path) => {
                 let pem = self.read(path, &key("tls_ca"))?;
-                match tls::client_config(&pem) {
+                match tls::roots(&pem).and_then(|roots| tls::client_config(roots, None)) {
                     Ok(config) => Some(fleet::Tls { config: Arc::new(config), ca_pem: pem }),
                     Err(e) => {
                         self.wrong(path, key("tls_ca"), format!("{}: {e}", path.get_ref().display()));

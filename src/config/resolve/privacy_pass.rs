@@ -7,11 +7,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 use toml::Spanned;
 
-/// More issuers than a client reads challenges of.
-const MOST_ISSUERS: usize = 16;
+/// A challenge has a kilooctet, and many clients read no more than eight of them.
+const MOST_ISSUERS: usize = 8;
 
-/// Tokens that the default memory remembers: 17 octets each, of twice as many places, for each of two epochs.
+/// Tokens that this node remembers, where nothing else is said and at most: docs/privacy-pass.md says what that takes.
 const SPENT_TOKENS: usize = 1_000_000;
+const MOST_SPENT_TOKENS: usize = 100_000_000;
 
 impl Resolver<'_> {
     /// What an operator says of the Origin. `redis`: there is a store that a fleet shares.
@@ -36,8 +37,10 @@ impl Resolver<'_> {
             }
             None => None,
         };
-        if let Some(spent) = table.spent_tokens.as_ref().filter(|spent| *spent.get_ref() == 0) {
-            self.wrong(spent, "privacy_pass.spent_tokens", "no token could be redeemed");
+        if let Some(spent) =
+            table.spent_tokens.as_ref().filter(|spent| !(1..=MOST_SPENT_TOKENS).contains(spent.get_ref()))
+        {
+            self.wrong(spent, "privacy_pass.spent_tokens", format!("1 to {MOST_SPENT_TOKENS}"));
         }
         if table.epoch.0 < Duration::from_secs(1) {
             let at = Spanned::new(table.issuer.span().start..0, ());
@@ -89,7 +92,14 @@ impl Resolver<'_> {
             self.wrong(at, key("on_store_failure"), "it is for spent = \"redis\"");
         }
         match (spent, &table.spent) {
-            (file::SpentIn::Memory, _) | (_, None) => Some(SpentIn::Memory),
+            (file::SpentIn::Memory, _) | (_, None) => {
+                if let Some(secret) = &table.secret_file {
+                    let message = "with spent = \"memory\" its challenges would outlive what is known of spent tokens: a \
+                                   restart, or another node, would take them again; spent = \"files\" or \"redis\"";
+                    self.wrong(secret, key("secret_file"), message);
+                }
+                Some(SpentIn::Memory)
+            }
             (file::SpentIn::Files, Some(at)) => {
                 // Under another secret after the restart, no token of before it would be known.
                 if table.secret_file.is_none() {
@@ -199,10 +209,10 @@ impl Resolver<'_> {
             None => None,
         };
         let tls = match &ca {
-            Some((pem, path)) => tls::client_config(pem).map_err(|e| (path.span(), "directory_ca", e)),
-            None => tls::system_client_config().map_err(|e| (at.span(), "directory", e)),
+            Some((pem, path)) => tls::roots(pem).map_err(|e| (path.span(), "directory_ca", e)),
+            None => tls::system_roots().map_err(|e| (at.span(), "directory", e)),
         };
-        match tls {
+        match tls.and_then(|roots| tls::client_config(roots, None).map_err(|e| (at.span(), "directory", e))) {
             Ok(tls) => {
                 let file = state.map(|state| self.beside(state.get_ref()).join(format!("directory-{name}.json")));
                 Some(Directory { url, tls, ca: ca.map(|(pem, _)| pem), file })

@@ -24,6 +24,7 @@ use leases::Leases;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use store::{Call, Remote, Script};
+use tokio::sync::Semaphore;
 
 /// How a fleet decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,10 +97,17 @@ pub struct Metrics {
     pub seconds: prometheus::Histogram,
 }
 
+/// Before the attempts to give a token back.
+const PAUSES_MS: [u64; 6] = [0, 250, 1000, 5000, 30_000, 120_000];
+
+/// Tokens that wait to be given back. More have one attempt each.
+const GIVING_BACK: usize = 10_000;
+
 /// What the nodes of a fleet share.
 pub struct Fleet {
     shared: Arc<Shared>,
     runtime: tokio::runtime::Handle,
+    giving_back: Arc<Semaphore>,
 }
 
 struct Shared {
@@ -108,6 +116,7 @@ struct Shared {
     lease: Script,
     spend: Script,
     unspend: Script,
+    forgets: Script,
     denials: Denials,
     leases: Option<Leases>,
     clock: Clock,
@@ -157,6 +166,7 @@ impl Fleet {
             // What is spent is there, until it is forgotten; given back by whom it was taken.
             spend: Script::new("return {redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) and 1 or 0}"),
             unspend: Script::new("return {redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1]) or 0}"),
+            forgets: Script::new(include_str!("forgets.lua")),
             leases,
             clock: Clock::start(),
         });
@@ -170,11 +180,36 @@ impl Fleet {
                 own.remote.keep(&own).await;
             });
         })?;
-        Ok(Self { shared, runtime: handle })
+        Ok(Self { shared, runtime: handle, giving_back: Arc::new(Semaphore::new(GIVING_BACK)) })
     }
 
     pub(super) fn is_partitioned_by_provider(&self) -> bool {
         self.shared.remote.settings().partition_by_provider
+    }
+
+    /// Says so once, if the store may forget what is spent: tokens are kept in it.
+    pub fn warn_of_eviction(&self) {
+        let shared = self.shared.clone();
+        self.runtime.spawn(async move {
+            let mut call = Call::new();
+            call.keys.push(shared.name(Key(0), 0));
+            // Whoever may not ask is not told.
+            for _ in 0..60 {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                let deadline = Instant::now() + shared.remote.settings().timeout;
+                match shared.remote.call(&shared.forgets, &call, deadline).await.as_deref() {
+                    Ok([1]) => {
+                        tracing::warn!(
+                            "the store of spent tokens may evict them when it is full, and they could be spent again: \
+                             its maxmemory-policy should be noeviction"
+                        );
+                        return;
+                    }
+                    Ok(_) => return,
+                    Err(Gone) => {}
+                }
+            }
+        });
     }
 
     /// Whether limits are kept in it.
@@ -206,12 +241,23 @@ impl Fleet {
         self.shared.remote.call(&self.shared.spend, &call, deadline).await.map(|answer| answer == [1])
     }
 
-    /// Gives back what was spent as `claim`; nobody waits for it. What the store does not hear of stays spent.
-    pub fn unspend(&self, nonce: &[u8; 32], claim: u64) {
+    /// Gives back what was spent as `claim`; nobody waits for it. `answered`: the store has said that it was. Where it has not,
+    /// it may do so later than it hears of this, and is told again. What it does not hear of for minutes stays spent.
+    pub fn unspend(&self, nonce: &[u8; 32], claim: u64, answered: bool) {
         let (call, shared) = (self.shared.token(nonce, claim), self.shared.clone());
-        let deadline = Instant::now() + self.shared.remote.settings().timeout;
+        let permit = self.giving_back.clone().try_acquire_owned();
         self.runtime.spawn(async move {
-            let _ = shared.remote.call(&shared.unspend, &call, deadline).await;
+            // Where many wait already, there is one attempt.
+            let attempts = if permit.is_ok() { PAUSES_MS.len() } else { 1 };
+            for pause in PAUSES_MS.iter().take(attempts) {
+                tokio::time::sleep(Duration::from_millis(*pause)).await;
+                let deadline = Instant::now() + shared.remote.settings().timeout;
+                match shared.remote.call(&shared.unspend, &call, deadline).await.as_deref() {
+                    Ok([0]) if !answered => {}
+                    Ok(_) => return,
+                    Err(Gone) => {}
+                }
+            }
         });
     }
 

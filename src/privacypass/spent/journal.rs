@@ -1,24 +1,24 @@
-//! Spent tokens in files, for those who restart: one file an epoch, appended to, and removed when its epoch is over.
+//! Spent tokens in files, for those who restart: appended to, one file or more an epoch, and removed when their epoch is over.
 //!
 //! A record is written before its token's request goes on, so that a process that is killed at any moment has lost none.
-//! The system writes it to the disk later, once a second at the latest: a machine that loses its power loses the records of
-//! the last second. A record that was torn then is left out when the file is read again.
+//! The system writes it to the disk later, once a second: a machine that loses its power loses the records of the last
+//! second or so. A record that was torn then is left out when the file is read again.
+//!
+//! One thread writes, in the order in which it is told, so that no request waits for a disk that others keep busy; another
+//! sees to it that what is written comes to the disk.
 
-use super::memory::Print;
+use super::memory::{Print, Prints};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{Error, ErrorKind, Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{Error, ErrorKind, Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-/// What a file begins with; then 16 octets that tell whether its hashes are under our secret.
+/// What a file begins with.
 const MAGIC: &[u8; 16] = b"moh-spent-tokens";
-
-/// Octets before the first record.
-const HEAD: usize = 32;
 
 /// Octets of a record: `+` (spent) or `-` (given back), and the hash of a nonce.
 const RECORD: usize = 17;
@@ -26,30 +26,45 @@ const RECORD: usize = 17;
 /// As long as records may wait for the disk.
 const SYNC: Duration = Duration::from_secs(1);
 
+/// What is told once a record is written, or is not.
+type Told = Box<dyn FnOnce(Result<(), Error>) + Send>;
+
+/// A record, and who is told of it.
+struct Order {
+    record: [u8; RECORD],
+    epoch: u64,
+    oldest: u64,
+    told: Told,
+}
+
 /// The files of the epochs that are accepted.
 #[derive(Debug)]
 pub(super) struct Journal {
+    orders: mpsc::Sender<Order>,
+    writer: Option<std::thread::JoinHandle<()>>,
+}
+
+/// What the thread has that writes.
+struct Writer {
     dir: PathBuf,
-    /// That of the secret and the epochs' length: files of others are of no use.
-    mark: [u8; 16],
-    files: Mutex<BTreeMap<u64, Arc<Log>>>,
+    /// Names of files tell whether their hashes are under our secret, and of epochs of our length: others' are left alone.
+    mark: String,
+    files: Files,
+    /// The next file's number.
+    next: u64,
     /// Held as long as the process lives: two gateways that write the same files would spend tokens twice.
     _lock: File,
 }
 
+/// The file of each epoch that is written to, and those that are only read.
+type Files = Arc<Mutex<BTreeMap<u64, Vec<Arc<Log>>>>>;
+
 #[derive(Debug)]
 struct Log {
-    file: Mutex<File>,
-    /// The same, to be written to the disk while others append.
-    to_disk: File,
     path: PathBuf,
+    /// None: it is from before a restart, and is not written to.
+    file: Option<File>,
     dirty: AtomicBool,
-}
-
-impl Log {
-    fn new(file: File, path: PathBuf) -> Result<Self, Error> {
-        Ok(Self { to_disk: file.try_clone()?, file: Mutex::new(file), path, dirty: AtomicBool::new(true) })
-    }
 }
 
 fn at(path: &Path) -> impl FnOnce(Error) -> Error {
@@ -61,116 +76,155 @@ impl Journal {
     ///
     /// # Errors
     /// What cannot be read or written, by name; or another gateway uses the directory.
-    pub(super) fn open(dir: &Path, mark: [u8; 16], oldest: u64) -> Result<(Self, Vec<(u64, Vec<Print>)>), Error> {
+    pub(super) fn open(dir: &Path, mark: [u8; 16], oldest: u64) -> Result<(Self, Vec<(u64, Prints)>), Error> {
         std::fs::create_dir_all(dir).map_err(at(dir))?;
         let path = dir.join("lock");
         let lock = OpenOptions::new().create(true).append(true).open(&path).map_err(at(&path))?;
         lock.try_lock()
             .map_err(|_| Error::new(ErrorKind::AddrInUse, format!("{}: another gateway has it", path.display())))?;
-        let mut journal = Self { dir: dir.into(), mark, files: Mutex::default(), _lock: lock };
-        let mut spent = vec![];
+        let mark = format!("spent-{}-", hex::encode(mark.get(..8).unwrap_or_default()));
+        let mut found = vec![];
         for entry in std::fs::read_dir(dir).map_err(at(dir))? {
             let path = entry?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            let number = name.strip_prefix("spent-").and_then(|number| number.parse::<u64>().ok());
-            let Some(number) = number else { continue };
-            match (number >= oldest).then(|| journal.read(&path).map_err(at(&path))).transpose()?.flatten() {
-                Some((log, prints)) => {
-                    journal.files.get_mut().insert(number, Arc::new(log));
-                    spent.push((number, prints));
-                }
-                // Over, or under another secret: no token of it would be taken.
-                None => std::fs::remove_file(&path).map_err(at(&path))?,
-            }
-        }
-        Ok((journal, spent))
-    }
-
-    fn read(&self, path: &Path) -> Result<Option<(Log, Vec<Print>)>, Error> {
-        let mut file = OpenOptions::new().read(true).append(true).open(path)?;
-        let mut octets = vec![];
-        file.read_to_end(&mut octets)?;
-        let Some((head, records)) = octets.split_at_checked(HEAD) else { return Ok(None) };
-        if head != self.head() {
-            return Ok(None);
-        }
-        let mut spent = std::collections::HashSet::new();
-        let (whole, torn) = records.as_chunks::<RECORD>();
-        for [tag, print @ ..] in whole {
-            let print = Print::from_be_bytes(*print);
-            match tag {
-                b'+' => spent.insert(print),
-                b'-' => spent.remove(&print),
-                _ => false,
+            let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix(&mark));
+            let numbers = name.and_then(|name| name.split_once('-'));
+            let Some((epoch, number)) = numbers.and_then(|(e, n)| Some((e.parse().ok()?, n.parse().ok()?))) else {
+                continue;
             };
+            found.push((number, epoch, path));
         }
-        // What follows must begin where a record does.
-        file.set_len((octets.len() - torn.len()) as u64)?;
-        file.seek(SeekFrom::End(0))?;
-        Ok(Some((Log::new(file, path.into())?, spent.into_iter().collect())))
+        // In the order in which they were written.
+        found.sort_unstable();
+        let next = found.last().map_or(0, |(number, ..): &(u64, u64, PathBuf)| number + 1);
+        let (mut spent, mut files) = (BTreeMap::<u64, Prints>::new(), BTreeMap::<u64, Vec<_>>::new());
+        for (_, epoch, path) in found {
+            if epoch < oldest {
+                std::fs::remove_file(&path).map_err(at(&path))?;
+                continue;
+            }
+            read(&path, spent.entry(epoch).or_default()).map_err(at(&path))?;
+            files.entry(epoch).or_default().push(Arc::new(Log { path, file: None, dirty: AtomicBool::new(false) }));
+        }
+        let files = Arc::new(Mutex::new(files));
+        let writer = Writer { dir: dir.into(), mark, files: files.clone(), next, _lock: lock };
+        let (orders, told) = mpsc::channel();
+        keep(&files)?;
+        let writer = std::thread::Builder::new().name("spent-tokens".into()).spawn(move || writer.work(&told))?;
+        Ok((Self { orders, writer: Some(writer) }, spent.into_iter().collect()))
     }
 
-    fn head(&self) -> [u8; HEAD] {
-        let mut head = [0; HEAD];
-        let (magic, mark) = head.split_at_mut(MAGIC.len());
-        magic.copy_from_slice(MAGIC);
-        mark.copy_from_slice(&self.mark);
-        head
-    }
-
-    fn log(&self, epoch: u64, oldest: u64) -> Result<Arc<Log>, Error> {
-        let mut files = self.files.lock();
-        while let Some(over) = files.first_entry().filter(|first| *first.key() < oldest) {
-            // It may be gone already; what is left is removed at the next start.
-            let _ = std::fs::remove_file(&over.remove().path);
-        }
-        if let Some(log) = files.get(&epoch) {
-            return Ok(log.clone());
-        }
-        let path = self.dir.join(format!("spent-{epoch}"));
-        let mut file = OpenOptions::new().create_new(true).append(true).open(&path).map_err(at(&path))?;
-        file.write_all(&self.head()).map_err(at(&path))?;
-        let log = Arc::new(Log::new(file, path)?);
-        files.insert(epoch, log.clone());
-        Ok(log)
-    }
-
-    /// Writes that a token of `epoch` is spent, or given back. Files of epochs before `oldest` are removed.
-    ///
-    /// # Errors
-    /// What cannot be written.
-    pub(super) fn write(&self, print: Print, epoch: u64, oldest: u64, spent: bool) -> Result<(), Error> {
-        let log = self.log(epoch, oldest)?;
+    /// Has it written that a token of `epoch` is spent, or given back, and `told` of it. Files of epochs before `oldest` are
+    /// removed.
+    pub(super) fn write(
+        &self,
+        print: Print,
+        epoch: u64,
+        oldest: u64,
+        spent: bool,
+        told: impl FnOnce(Result<(), Error>) + Send + 'static,
+    ) {
         let mut record = [if spent { b'+' } else { b'-' }; RECORD];
         record.iter_mut().skip(1).zip(print.to_be_bytes()).for_each(|(to, from)| *to = from);
-        let mut file = log.file.lock();
-        let len = file.metadata().map_err(at(&log.path))?.len();
-        file.write_all(&record).map_err(|e| {
-            // Half a record would shift all that follow.
-            let _ = file.set_len(len);
+        if let Err(mpsc::SendError(order)) = self.orders.send(Order { record, epoch, oldest, told: Box::new(told) }) {
+            (order.told)(Err(Error::from(ErrorKind::BrokenPipe)));
+        }
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        // What was told before is written.
+        self.orders = mpsc::channel().0;
+        if let Some(writer) = self.writer.take().filter(|writer| writer.thread().id() != std::thread::current().id()) {
+            let _ = writer.join();
+        }
+    }
+}
+
+impl Writer {
+    fn work(mut self, orders: &mpsc::Receiver<Order>) {
+        for order in orders {
+            let written = self.write(&order);
+            (order.told)(written);
+        }
+    }
+
+    fn write(&mut self, order: &Order) -> Result<(), Error> {
+        let log = self.log(order.epoch, order.oldest)?;
+        let Some(mut file) = log.file.as_ref() else { return Err(ErrorKind::NotFound.into()) };
+        file.write_all(&order.record).map_err(|e| {
+            // What follows half a record could not be read: the next goes to another file.
+            self.files.lock().entry(order.epoch).or_default().push(Arc::new(Log {
+                path: log.path.clone(),
+                file: None,
+                dirty: AtomicBool::new(false),
+            }));
             at(&log.path)(e)
         })?;
         log.dirty.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Sees to it, on a thread of its own, that records are on the disk in time; for as long as the journal is used.
-    pub(super) fn keep(this: &Arc<Self>) -> Result<(), Error> {
-        let journal = Arc::downgrade(this);
-        std::thread::Builder::new().name("spent-tokens".into()).spawn(move || {
-            while let Some(journal) = journal.upgrade() {
-                let logs: Vec<_> = journal.files.lock().values().cloned().collect();
-                drop(journal);
-                for log in logs.iter().filter(|log| log.dirty.swap(false, Ordering::Acquire)) {
-                    if let Err(e) = log.to_disk.sync_data() {
-                        tracing::error!("{}: spent tokens may not be on the disk: {e}", log.path.display());
-                    }
-                }
-                std::thread::sleep(SYNC);
+    /// The file to write to: the last of its epoch.
+    fn log(&mut self, epoch: u64, oldest: u64) -> Result<Arc<Log>, Error> {
+        let mut over = vec![];
+        let log = {
+            let mut files = self.files.lock();
+            while let Some(first) = files.first_entry().filter(|first| *first.key() < oldest) {
+                over.extend(first.remove());
             }
-        })?;
-        Ok(())
+            files.get(&epoch).and_then(|logs| logs.last()).filter(|log| log.file.is_some()).cloned()
+        };
+        for log in over {
+            // It may be gone already; what is left is removed at the next start.
+            let _ = std::fs::remove_file(&log.path);
+        }
+        if let Some(log) = log {
+            return Ok(log);
+        }
+        let path = self.dir.join(format!("{}{epoch}-{}", self.mark, self.next));
+        self.next += 1;
+        let mut file = OpenOptions::new().create_new(true).append(true).open(&path).map_err(at(&path))?;
+        file.write_all(MAGIC).map_err(at(&path))?;
+        let log = Arc::new(Log { path, file: Some(file), dirty: AtomicBool::new(true) });
+        self.files.lock().entry(epoch).or_default().push(log.clone());
+        Ok(log)
     }
+}
+
+/// Reads a file's records. What is torn at its end is left out.
+fn read(path: &Path, spent: &mut Prints) -> Result<(), Error> {
+    let mut octets = vec![];
+    File::open(path)?.read_to_end(&mut octets)?;
+    // The machine may have lost its power before the file had a beginning.
+    let records = octets.strip_prefix(MAGIC).unwrap_or_default();
+    for [tag, print @ ..] in records.as_chunks::<RECORD>().0 {
+        let print = Print::from_be_bytes(*print);
+        match tag {
+            b'+' => spent.insert(print),
+            b'-' => spent.remove(&print),
+            _ => false,
+        };
+    }
+    Ok(())
+}
+
+/// Sees to it, on a thread of its own, that records are on the disk in time; for as long as the files are used.
+fn keep(files: &Files) -> Result<(), Error> {
+    let files = Arc::downgrade(files);
+    std::thread::Builder::new().name("spent-to-disk".into()).spawn(move || {
+        while let Some(files) = files.upgrade() {
+            let logs: Vec<_> = files.lock().values().flatten().cloned().collect();
+            drop(files);
+            for log in logs.iter().filter(|log| log.dirty.swap(false, Ordering::Acquire)) {
+                if let Some(Err(e)) = log.file.as_ref().map(File::sync_data) {
+                    tracing::error!("{}: spent tokens may not be on the disk: {e}", log.path.display());
+                }
+            }
+            std::thread::sleep(SYNC);
+        }
+    })?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -178,10 +232,24 @@ mod tests {
     use super::*;
 
     fn open(dir: &Path, oldest: u64) -> (Journal, Vec<(u64, Vec<Print>)>) {
-        let (journal, mut spent) = Journal::open(dir, [7; 16], oldest).unwrap();
-        spent.iter_mut().for_each(|(_, prints)| prints.sort_unstable());
-        spent.sort_unstable();
-        (journal, spent)
+        let (journal, spent) = Journal::open(dir, [7; 16], oldest).unwrap();
+        let sorted = |prints: Prints| {
+            let mut prints: Vec<_> = prints.into_iter().collect();
+            prints.sort_unstable();
+            prints
+        };
+        (journal, spent.into_iter().map(|(epoch, prints)| (epoch, sorted(prints))).collect())
+    }
+
+    fn write(journal: &Journal, print: Print, epoch: u64, oldest: u64, spent: bool) -> Result<(), Error> {
+        let (tell, told) = mpsc::channel();
+        journal.write(print, epoch, oldest, spent, move |written| tell.send(written).unwrap());
+        told.recv().unwrap()
+    }
+
+    fn files(dir: &Path, epoch: u64) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+        entries.filter(|path| path.display().to_string().contains(&format!("0707-{epoch}-"))).collect()
     }
 
     #[test]
@@ -192,30 +260,34 @@ mod tests {
         for (print, epoch, oldest, is_spent) in
             [(1, 4, 4, true), (2, 5, 4, true), (3, 5, 4, true), (2, 5, 4, false), (9, 5, 4, false)]
         {
-            journal.write(print, epoch, oldest, is_spent).unwrap();
+            write(&journal, print, epoch, oldest, is_spent).unwrap();
         }
         assert!(Journal::open(dir.path(), [7; 16], 4).is_err_and(|e| e.to_string().contains("another gateway")));
         drop(journal);
         let (journal, spent) = open(dir.path(), 4);
         assert_eq!(spent, [(4, vec![1]), (5, vec![3])]);
         // An epoch that is over goes with the first record after it.
-        journal.write(4, 6, 5, true).unwrap();
-        assert!(!dir.path().join("spent-4").exists());
+        write(&journal, 4, 6, 5, true).unwrap();
+        assert!(files(dir.path(), 4).is_empty());
         drop(journal);
         // A torn record is left out, and what follows is whole.
-        let file = dir.path().join("spent-6");
+        let file = files(dir.path(), 6).remove(0);
         let mut octets = std::fs::read(&file).unwrap();
-        assert_eq!(octets.len(), HEAD + RECORD);
+        assert_eq!(octets.len(), MAGIC.len() + RECORD);
         octets.extend(b"+torn");
         std::fs::write(&file, octets).unwrap();
         let (journal, _) = open(dir.path(), 5);
-        journal.write(5, 6, 5, true).unwrap();
+        write(&journal, 5, 6, 5, true).unwrap();
+        // Given back after a restart: the later file has the last word.
+        write(&journal, 3, 5, 5, false).unwrap();
         drop(journal);
-        let (journal, spent) = open(dir.path(), 6);
-        assert_eq!(spent, [(6, vec![4, 5])]);
+        let (journal, spent) = open(dir.path(), 5);
+        assert_eq!(spent, [(5, vec![]), (6, vec![4, 5])]);
         drop(journal);
-        let (_, spent) = Journal::open(dir.path(), [8; 16], 6).unwrap();
-        assert!(spent.is_empty() && !file.exists(), "under another secret it is nobody's");
+        let (other, spent) = Journal::open(dir.path(), [8; 16], 5).unwrap();
+        assert!(spent.is_empty() && file.exists(), "under another secret it is nobody's, and is left alone");
+        drop(other);
+        assert_eq!(open(dir.path(), 6).1, [(6, vec![4, 5])], "for whoever has the first one again");
     }
 
     #[test]
@@ -225,5 +297,19 @@ mod tests {
         std::fs::write(&file, "").unwrap();
         let error = Journal::open(&file, [7; 16], 0).unwrap_err().to_string();
         assert!(error.starts_with(&file.display().to_string()), "{error}");
+    }
+
+    #[test]
+    fn a_disk_that_takes_nothing_refuses_and_then_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path(), 4);
+        write(&journal, 1, 5, 4, true).unwrap();
+        // The next file's name is taken by a directory; a file for another epoch cannot be made.
+        std::fs::create_dir(dir.path().join("spent-0707070707070707-6-1")).unwrap();
+        assert!(write(&journal, 2, 6, 4, true).is_err());
+        write(&journal, 2, 6, 4, true).unwrap();
+        drop(journal);
+        std::fs::remove_dir(dir.path().join("spent-0707070707070707-6-1")).unwrap();
+        assert_eq!(open(dir.path(), 4).1, [(5, vec![1]), (6, vec![2])]);
     }
 }

@@ -18,9 +18,13 @@ use siphasher::sip128::SipHasher24;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::oneshot;
 
 /// A fleet's nodes remember a token longer than any of their clocks takes it.
 const MARGIN: Duration = Duration::from_secs(120);
+
+/// No request waits longer until its token is written to a file.
+const DISK: Duration = Duration::from_secs(1);
 
 /// What holds while the fleet's store does not answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -36,7 +40,7 @@ pub enum WithoutStore {
 #[derive(Debug)]
 pub struct Spent {
     memory: Mutex<Memory>,
-    journal: Option<Arc<Journal>>,
+    journal: Option<Journal>,
     fleet: Option<(Arc<Fleet>, WithoutStore)>,
     keys: (u64, u64),
     held: IntGauge,
@@ -50,10 +54,20 @@ pub struct Reservation {
     epoch: u64,
     /// In this node's memory.
     here: bool,
-    /// In the fleet's store, by this number.
-    claim: Option<u64>,
+    /// In this node's files, or on its way there.
+    written: bool,
+    claim: Claim,
     kept: bool,
     counter: Option<IntCounter>,
+}
+
+/// What a fleet's store has of a token in hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Claim {
+    None,
+    /// It has been asked for this, and has not answered.
+    Asked(u64),
+    Made(u64),
 }
 
 impl Spent {
@@ -70,15 +84,8 @@ impl Spent {
     pub fn with_files(mut self, dir: &Path, mark: [u8; 16], current: u64) -> std::io::Result<Self> {
         let (journal, spent) = Journal::open(dir, mark, current.saturating_sub(1))?;
         let memory = self.memory.get_mut();
-        for (epoch, prints) in spent {
-            for print in prints {
-                // There may be more than before the restart there was room for: then it is full.
-                let _ = memory.insert(print, epoch, current);
-            }
-        }
+        spent.into_iter().for_each(|(epoch, prints)| memory.load(epoch, prints));
         self.held.set(memory.len() as i64);
-        let journal = Arc::new(journal);
-        Journal::keep(&journal)?;
         self.journal = Some(journal);
         Ok(self)
     }
@@ -99,61 +106,106 @@ impl Spent {
         self.memory.lock().contains(print)
     }
 
-    /// Takes a token of `epoch` in hand on this node; `current` is the epoch now. May write to a file.
+    /// Sees to it that there is room for tokens of `epoch`: milliseconds, once an epoch, that are better spent where nobody
+    /// waits.
     ///
     /// # Errors
-    /// [`TokenProblem::Spent`], [`TokenProblem::StoreFull`], [`TokenProblem::Expired`],
-    /// [`TokenProblem::StoreUnavailable`].
+    /// [`TokenProblem::StoreFull`]: there is no such memory.
+    pub fn prepare(&self, epoch: u64) -> Result<(), TokenProblem> {
+        let lacks = self.memory.lock().lacks_room(epoch);
+        if let Some(capacity) = lacks {
+            let room = Memory::room(capacity)?;
+            let over = self.memory.lock().make_room(epoch, room);
+            drop(over);
+        }
+        Ok(())
+    }
+
+    /// Takes a token of `epoch` in hand on this node; `current` is the epoch now.
+    ///
+    /// # Errors
+    /// [`TokenProblem::Spent`], [`TokenProblem::StoreFull`], [`TokenProblem::Expired`].
     pub fn reserve(this: &Arc<Self>, nonce: Nonce, epoch: u64, current: u64) -> Result<Reservation, TokenProblem> {
         let print = this.print(&nonce);
-        let (taken, oldest) = {
+        let taken = {
             let mut memory = this.memory.lock();
             let taken = memory.insert(print, epoch, current);
             this.held.set(memory.len() as i64);
-            (taken, memory.oldest())
+            taken
         };
-        let mut here = true;
-        match taken {
-            Ok(()) => {}
+        let here = match taken {
+            Ok(()) => true,
             // The fleet's store knows more than this node has room for.
-            Err(TokenProblem::StoreFull) if this.fleet.is_some() => here = false,
+            Err(TokenProblem::StoreFull) if this.fleet.is_some() => false,
             Err(problem) => return Err(problem),
-        }
-        if let Some(journal) = &this.journal
-            && let Err(e) = journal.write(print, epoch, oldest, true)
-        {
-            tracing::error!("no token is redeemed: {e}");
-            this.memory.lock().remove(print, epoch);
-            return Err(TokenProblem::StoreUnavailable);
-        }
-        Ok(Reservation { spent: this.clone(), nonce, epoch, here, claim: None, kept: false, counter: None })
+        };
+        let (spent, claim) = (this.clone(), Claim::None);
+        Ok(Reservation { spent, nonce, epoch, here, written: false, claim, kept: false, counter: None })
+    }
+
+    fn release(&self, print: Print, epoch: u64) {
+        let mut memory = self.memory.lock();
+        memory.remove(print, epoch);
+        self.held.set(memory.len() as i64);
     }
 }
 
 impl Reservation {
-    /// Takes the token in hand for the whole fleet, where there is one, for as long as it is to be remembered.
+    /// Takes the token in hand for whoever else is to know of it: the files, or the whole fleet, where it is to be remembered
+    /// for so long.
     ///
     /// # Errors
-    /// [`TokenProblem::Spent`], [`TokenProblem::StoreUnavailable`], [`TokenProblem::StoreFull`].
+    /// [`TokenProblem::Spent`]: another node has it; [`TokenProblem::StoreUnavailable`], [`TokenProblem::StoreFull`].
     pub async fn claim(mut self, remember: Duration) -> Result<Self, TokenProblem> {
-        let Some((fleet, without)) = self.spent.fleet.clone() else { return Ok(self) };
+        if self.spent.journal.is_some() {
+            self.write().await?;
+        }
+        if self.spent.fleet.is_some() {
+            self.ask_fleet(remember).await?;
+        }
+        Ok(self)
+    }
+
+    async fn write(&mut self) -> Result<(), TokenProblem> {
+        let (told, written) = oneshot::channel();
+        let oldest = self.spent.memory.lock().oldest();
+        if let Some(journal) = &self.spent.journal {
+            // Noted before: who goes away meanwhile, or will not wait, gives it back all the same.
+            self.written = true;
+            journal.write(self.spent.print(&self.nonce), self.epoch, oldest, true, |result| drop(told.send(result)));
+        }
+        match tokio::time::timeout(DISK, written).await {
+            Ok(Ok(Ok(()))) => Ok(()),
+            other => {
+                let why = match other {
+                    Ok(Ok(Err(e))) => e.to_string(),
+                    _ => "the disk does not answer".into(),
+                };
+                tracing::error!("a token is not redeemed: {why}");
+                Err(TokenProblem::StoreUnavailable)
+            }
+        }
+    }
+
+    async fn ask_fleet(&mut self, remember: Duration) -> Result<(), TokenProblem> {
+        let Some((fleet, without)) = self.spent.fleet.clone() else { return Ok(()) };
         let Some(claim) = crate::config::random().map(u64::from_be_bytes) else {
             return Err(TokenProblem::StoreUnavailable);
         };
         // Noted before it is asked: who goes away while the store decides gives it back all the same.
-        self.claim = Some(claim);
+        self.claim = Claim::Asked(claim);
         match fleet.spend(&self.nonce, claim, remember + MARGIN).await {
-            Ok(true) => Ok(self),
+            Ok(true) => {
+                self.claim = Claim::Made(claim);
+                Ok(())
+            }
             Ok(false) => {
-                // Another node has it, and this one need not ask again.
-                self.claim = None;
-                self.kept = true;
+                // Another node has it. It may yet give it back, so it is not for this one to remember.
+                self.claim = Claim::None;
                 Err(TokenProblem::Spent)
             }
-            Err(Gone) if without == WithoutStore::Local => match self.here {
-                true => Ok(self),
-                false => Err(TokenProblem::StoreFull),
-            },
+            Err(Gone) if without == WithoutStore::Local && self.here => Ok(()),
+            Err(Gone) if without == WithoutStore::Local => Err(TokenProblem::StoreFull),
             Err(Gone) => Err(TokenProblem::StoreUnavailable),
         }
     }
@@ -164,35 +216,48 @@ impl Reservation {
         self
     }
 
-    /// Spends the token.
-    pub fn keep(mut self) {
+    /// Spends the token: what happens to its request from now on, the Delivery Service may have begun to process it.
+    pub fn keep(&mut self) {
         self.kept = true;
-        self.counter.iter().for_each(IntCounter::inc);
+    }
+
+    /// The Delivery Service says that it has left the request untouched: if no other will have it, the token is given back.
+    pub fn unkeep(&mut self) {
+        self.kept = false;
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
         if self.kept {
+            self.counter.iter().for_each(IntCounter::inc);
             return;
         }
         let spent = &self.spent;
         if self.here {
-            let print = spent.print(&self.nonce);
-            let oldest = {
-                let mut memory = spent.memory.lock();
-                memory.remove(print, self.epoch);
-                spent.held.set(memory.len() as i64);
-                memory.oldest()
-            };
-            if let Some(journal) = &spent.journal
-                && let Err(e) = journal.write(print, self.epoch, oldest, false)
-            {
-                tracing::error!("a token that was given back is spent after a restart: {e}");
+            let (print, epoch) = (spent.print(&self.nonce), self.epoch);
+            match &spent.journal {
+                // Given back in the files first: or another request that takes it in hand could write before.
+                Some(journal) if self.written => {
+                    let (oldest, spent) = (spent.memory.lock().oldest(), Arc::downgrade(spent));
+                    journal.write(print, epoch, oldest, false, move |written| {
+                        if let Err(e) = written {
+                            tracing::error!("a token that was given back is spent after a restart: {e}");
+                        }
+                        if let Some(spent) = spent.upgrade() {
+                            spent.release(print, epoch);
+                        }
+                    });
+                }
+                _ => spent.release(print, epoch),
             }
         }
-        if let (Some(claim), Some((fleet, _))) = (self.claim, &spent.fleet) {
-            fleet.unspend(&self.nonce, claim);
+        if let Some((fleet, _)) = &spent.fleet {
+            match self.claim {
+                Claim::None => {}
+                Claim::Asked(claim) => fleet.unspend(&self.nonce, claim, false),
+                Claim::Made(claim) => fleet.unspend(&self.nonce, claim, true),
+            }
         }
     }
 }
@@ -208,8 +273,10 @@ mod tests {
     #[test]
     fn kept_or_given_back() {
         let spent = Arc::new(spent(10));
-        let first = Spent::reserve(&spent, [1; 32], 5, 5).unwrap();
+        let mut first = Spent::reserve(&spent, [1; 32], 5, 5).unwrap();
         assert_eq!(Spent::reserve(&spent, [1; 32], 5, 5).unwrap_err(), TokenProblem::Spent, "in hand");
+        first.keep();
+        first.unkeep();
         drop(first);
         assert_eq!(spent.held.get(), 0);
         Spent::reserve(&spent, [1; 32], 5, 5).unwrap().keep();
@@ -221,27 +288,37 @@ mod tests {
     fn of_many_at_once_one_wins() {
         let spent = Arc::new(spent(10));
         let won = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..8)
-                .map(|_| scope.spawn(|| Spent::reserve(&spent, [9; 32], 1, 1).map(Reservation::keep).is_ok()))
-                .collect();
+            let win = || Spent::reserve(&spent, [9; 32], 1, 1).map(|mut token| token.keep()).is_ok();
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(win)).collect();
             threads.into_iter().map(|t| usize::from(t.join().unwrap())).sum::<usize>()
         });
         assert_eq!(won, 1);
     }
 
-    #[test]
-    fn files_outlive_the_process() {
+    #[tokio::test]
+    async fn files_outlive_the_process() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || Arc::new(spent(10).with_files(dir.path(), [3; 16], 5).unwrap());
+        let open = || Arc::new(spent(3).with_files(dir.path(), [3; 16], 5).unwrap());
         let first = open();
-        Spent::reserve(&first, [1; 32], 5, 5).unwrap().keep();
-        Spent::reserve(&first, [2; 32], 4, 5).unwrap().keep();
-        drop(Spent::reserve(&first, [3; 32], 5, 5).unwrap());
+        let take = async |of: &Arc<Spent>, nonce, epoch| {
+            Spent::reserve(of, [nonce; 32], epoch, 5).unwrap().claim(Duration::from_secs(1)).await.unwrap()
+        };
+        take(&first, 1, 5).await.keep();
+        take(&first, 2, 4).await.keep();
+        drop(take(&first, 3, 5).await);
+        while first.contains(&[3; 32]) {
+            tokio::task::yield_now().await;
+        }
         drop(first);
         let again = open();
         assert_eq!(again.held.get(), 2);
         assert_eq!(Spent::reserve(&again, [1; 32], 5, 5).unwrap_err(), TokenProblem::Spent);
         assert_eq!(Spent::reserve(&again, [2; 32], 4, 5).unwrap_err(), TokenProblem::Spent);
-        assert!(Spent::reserve(&again, [3; 32], 5, 5).is_ok(), "it was given back");
+        take(&again, 3, 5).await.keep();
+        drop(again);
+        let smaller = Arc::new(spent(1).with_files(dir.path(), [3; 16], 5).unwrap());
+        assert_eq!(smaller.held.get(), 3, "more than there is room for now");
+        assert_eq!(Spent::reserve(&smaller, [4; 32], 5, 5).unwrap_err(), TokenProblem::StoreFull);
+        assert_eq!(Spent::reserve(&smaller, [3; 32], 5, 5).unwrap_err(), TokenProblem::Spent);
     }
 }

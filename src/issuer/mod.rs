@@ -1,0 +1,285 @@
+//! An Issuer for development (RFC 9578): tokens of all three types for anyone who asks, a directory, and keys that rotate. It
+//! knows no Attester, so it is none for production: what keeps strangers from having as many tokens as they like is not here.
+//!
+//! Keys of a type follow one another. The next is in the directory before its time (`not-before`), and the previous one
+//! goes on issuing for a while after it, so that whoever was challenged before a rotation gets a token all the same.
+
+mod keys;
+mod server;
+
+pub use keys::{IssueError, KeyMaking, LONGEST_REQUEST};
+pub use server::{Serve, ServeError, serve};
+
+use crate::privacypass::{MEDIA_TYPE, TYPES};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE;
+use keys::{Kept, Pair};
+use parking_lot::RwLock;
+use privacypass::TokenType;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Where token requests go.
+pub const REQUEST_PATH: &str = "/token-request";
+
+/// Where the directory is (RFC 9578 §4).
+pub const DIRECTORY_PATH: &str = "/.well-known/private-token-issuer-directory";
+
+/// The file of the private keys.
+const KEYS: &str = "keys.json";
+
+/// What is wrong with the directory that keys are in.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// It cannot be read or written.
+    #[error("{}: {source}", file.display())]
+    Io {
+        /// A file or directory in it.
+        file: PathBuf,
+        /// What went wrong.
+        source: std::io::Error,
+    },
+    /// It is not what it should be.
+    #[error("{}: {why}", file.display())]
+    Content {
+        /// A file in it.
+        file: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// A key cannot be made.
+    #[error(transparent)]
+    Key(#[from] KeyMaking),
+}
+
+fn at(file: &Path) -> impl FnOnce(std::io::Error) -> StateError {
+    move |source| StateError::Io { file: file.into(), source }
+}
+
+/// An Issuer: its keys, of which some are used now.
+#[derive(Debug)]
+pub struct Issuer {
+    dir: PathBuf,
+    /// A key is used for so long. None: for ever.
+    rotate: Option<Duration>,
+    /// Of all types, those of later times first.
+    pairs: RwLock<Arc<Vec<Pair>>>,
+}
+
+/// What its directory says, and for how many seconds that is so.
+#[derive(Debug)]
+pub struct Directory {
+    /// The document.
+    pub document: String,
+    /// `max-age`.
+    pub fresh: u64,
+}
+
+impl Issuer {
+    /// An issuer with its keys in `dir`, which are made where there are none. Times are in seconds since the Unix epoch.
+    ///
+    /// # Errors
+    /// What cannot be read, written or made.
+    pub fn open(dir: &Path, rotate: Option<Duration>, now: u64) -> Result<Self, StateError> {
+        std::fs::create_dir_all(dir).map_err(at(dir))?;
+        let file = dir.join(KEYS);
+        let pairs = match std::fs::read(&file) {
+            Ok(octets) => {
+                let bad = |why: String| StateError::Content { file: file.clone(), why };
+                let kept: Vec<Kept> = serde_json::from_slice(&octets).map_err(|e| bad(e.to_string()))?;
+                kept.iter().map(Pair::restore).collect::<Result<_, _>>().map_err(|e| bad(e.to_string()))?
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => vec![],
+            Err(e) => return Err(at(&file)(e)),
+        };
+        let issuer = Self { dir: dir.into(), rotate, pairs: RwLock::new(Arc::new(pairs)) };
+        issuer.advance(now, false)?;
+        Ok(issuer)
+    }
+
+    /// Does what the time asks for: makes keys that are to come, lets those go that are over. `at_once`: the next keys are
+    /// used from now on. Whether anything has changed.
+    ///
+    /// # Errors
+    /// A key cannot be made, or the files cannot be written; then nothing has changed.
+    pub fn advance(&self, now: u64, at_once: bool) -> Result<bool, StateError> {
+        let mut pairs: Vec<Pair> = self.pairs.read().to_vec();
+        let before = pairs.len();
+        let mut changed = at_once;
+        for kind in TYPES {
+            let of = |pairs: &[Pair]| pairs.iter().filter(|p| p.public.kind() == kind).map(|p| p.from).max();
+            let newest = of(&pairs);
+            if newest.is_none() {
+                Self::make(&mut pairs, kind, now)?;
+                changed = true;
+            }
+            if at_once {
+                match pairs.iter_mut().find(|pair| pair.public.kind() == kind && pair.from > now) {
+                    Some(next) => next.from = now,
+                    None => Self::make(&mut pairs, kind, now)?,
+                }
+            }
+            if let (Some(rotate), Some(newest)) = (self.rotate, of(&pairs))
+                && newest + self.overlap(rotate) <= now
+            {
+                Self::make(&mut pairs, kind, (newest + rotate.as_secs()).max(now + self.overlap(rotate)))?;
+                changed = true;
+            }
+        }
+        pairs.sort_by_key(|pair| std::cmp::Reverse(pair.from));
+        // One that another has followed goes on for a while.
+        let overlap = self.overlap(self.rotate.unwrap_or(Duration::from_secs(3600)));
+        let successors: Vec<_> = pairs.iter().map(|pair| (pair.public.kind(), pair.from)).collect();
+        pairs.retain(|pair| {
+            let over = |(kind, from): &(TokenType, u64)| {
+                *kind == pair.public.kind() && *from > pair.from && from + overlap <= now
+            };
+            !successors.iter().any(over)
+        });
+        changed |= pairs.len() != before;
+        if changed {
+            self.write(&pairs, now)?;
+            *self.pairs.write() = Arc::new(pairs);
+        }
+        Ok(changed)
+    }
+
+    /// A next key is known for so long before its time, and a previous one used for so long after.
+    fn overlap(&self, rotate: Duration) -> u64 {
+        (rotate.as_secs() / 2).max(1)
+    }
+
+    /// One octet of its ID says which key a request is for: it differs from others' of its type.
+    fn make(pairs: &mut Vec<Pair>, kind: TokenType, from: u64) -> Result<(), StateError> {
+        loop {
+            let pair = Pair::generate(kind, from)?;
+            let taken = |other: &Pair| other.public.kind() == kind && other.truncated_id() == pair.truncated_id();
+            if !pairs.iter().any(taken) {
+                pairs.push(pair);
+                return Ok(());
+            }
+        }
+    }
+
+    /// The private keys; and for each type what a gateway's `key_file` is: the key that is used now first.
+    fn write(&self, pairs: &[Pair], now: u64) -> Result<(), StateError> {
+        let kept: Vec<Kept> = pairs.iter().map(Pair::keep).collect();
+        let text = serde_json::to_string_pretty(&kept).unwrap_or_default();
+        write_private(&self.dir.join(KEYS), &text)?;
+        for kind in TYPES {
+            let of_kind: Vec<_> = pairs.iter().filter(|pair| pair.public.kind() == kind).collect();
+            let (to_come, come): (Vec<_>, Vec<_>) = of_kind.into_iter().partition(|pair| pair.from > now);
+            let (now, before) = come.split_at_checked(1).unwrap_or_default();
+            let lines: Vec<_> = [now, &to_come, before].concat().iter().map(|pair| pair.key_file()).collect();
+            write_private(&self.key_file(kind), &(lines.join("\n") + "\n"))?;
+        }
+        Ok(())
+    }
+
+    /// What a gateway's `key_file` names: of the VOPRF types it holds private keys.
+    pub fn key_file(&self, kind: TokenType) -> PathBuf {
+        let ending = if kind == TokenType::Public { "pem" } else { "keys" };
+        self.dir.join(format!("type-{}.{ending}", kind as u16))
+    }
+
+    /// The directory (RFC 9578 §4): preferred keys first. A client takes the first whose time has come.
+    pub fn directory(&self, now: u64) -> Directory {
+        let pairs = self.pairs.read().clone();
+        let keys: Vec<_> = pairs
+            .iter()
+            .map(|pair| {
+                serde_json::json!({
+                    "token-type": pair.public.kind() as u16,
+                    "token-key": URL_SAFE.encode(pair.public.token_key()),
+                    "not-before": pair.from,
+                })
+            })
+            .collect();
+        let document = serde_json::json!({ "issuer-request-uri": REQUEST_PATH, "token-keys": keys }).to_string();
+        // A next key is in it for half of a rotation before its time: to hear of it in a quarter is soon enough.
+        let fresh = self.rotate.map_or(3600, |rotate| rotate.as_secs() / 4).clamp(1, 86_400);
+        let to_come = pairs.iter().map(|pair| pair.from).filter(|from| *from > now).min();
+        Directory { document, fresh: to_come.map_or(fresh, |from| fresh.min(from - now)) }
+    }
+
+    /// Answers a token request.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub async fn issue(&self, request: &[u8], now: u64) -> Result<Vec<u8>, IssueError> {
+        let (kind, id) = keys::asked_for(request)?;
+        let pairs = self.pairs.read().clone();
+        let mut used = pairs.iter().filter(|pair| pair.public.kind() == kind && pair.from <= now);
+        used.find(|pair| pair.truncated_id() == id).ok_or(IssueError::NoKey)?.issue(request).await
+    }
+}
+
+/// Writes a file for nobody else's eyes, whole or not at all.
+pub(crate) fn write_private(path: &Path, text: &str) -> Result<(), StateError> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let new = path.with_extension("new");
+    let write = || {
+        let _ = std::fs::remove_file(&new);
+        let mut file = std::fs::OpenOptions::new().create_new(true).write(true).mode(0o600).open(&new)?;
+        file.write_all(text.as_bytes())?;
+        std::fs::rename(&new, path)
+    };
+    write().map_err(at(path))
+}
+
+/// The media types of issuance (RFC 9578 §8.3).
+pub mod media_type {
+    /// Of a directory.
+    pub const DIRECTORY: &str = super::MEDIA_TYPE;
+    /// Of a token request.
+    pub const REQUEST: &str = "application/private-token-request";
+    /// Of a token response.
+    pub const RESPONSE: &str = "application/private-token-response";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::privacypass::Key;
+
+    fn types_from(issuer: &Issuer, now: u64) -> Vec<(u64, u64)> {
+        let document: serde_json::Value = serde_json::from_str(&issuer.directory(now).document).unwrap();
+        let keys = document["token-keys"].as_array().unwrap();
+        keys.iter().map(|key| (key["token-type"].as_u64().unwrap(), key["not-before"].as_u64().unwrap())).collect()
+    }
+
+    #[test]
+    fn keys_follow_one_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |now| Issuer::open(dir.path(), Some(Duration::from_secs(100)), now).unwrap();
+        let issuer = open(1000);
+        assert_eq!(types_from(&issuer, 1000), [(1, 1000), (2, 1000), (5, 1000)]);
+        assert!(!issuer.advance(1049, false).unwrap());
+        assert!(issuer.advance(1050, false).unwrap(), "the next are known half of their time before");
+        assert_eq!(types_from(&issuer, 1050), [(1, 1100), (2, 1100), (5, 1100), (1, 1000), (2, 1000), (5, 1000)]);
+        assert_eq!((issuer.directory(1000).fresh, issuer.directory(1090).fresh), (25, 10));
+        for kind in TYPES {
+            let keys = |now| {
+                issuer.advance(now, false).unwrap();
+                Key::read_all(kind, &std::fs::read(issuer.key_file(kind)).unwrap()).unwrap()
+            };
+            assert_eq!(keys(1050).len(), 2, "{kind:?}");
+        }
+        let first = issuer.directory(1050).document;
+        drop(issuer);
+        let again = open(1051);
+        assert_eq!(again.directory(1050).document, first, "they outlive the process");
+        assert!(!again.advance(1149, false).unwrap());
+        again.advance(1150, false).unwrap();
+        assert!(types_from(&again, 1150).iter().all(|(_, from)| *from >= 1100), "the previous ones are over");
+        again.advance(1160, true).unwrap();
+        assert!(types_from(&again, 1160).iter().all(|(_, from)| *from <= 1160), "the next are used at once");
+        let late = open(5000);
+        assert!(types_from(&late, 5000).iter().any(|(_, from)| *from <= 5000), "there is always one to use");
+        use std::os::unix::fs::PermissionsExt as _;
+        let mode = std::fs::metadata(dir.path().join(KEYS)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "private keys are nobody else's");
+    }
+}
