@@ -130,12 +130,14 @@ impl Issuer {
         pairs.sort_by_key(|pair| std::cmp::Reverse(pair.from));
         // One that another has followed goes on for a while.
         let overlap = self.overlap(self.rotate.unwrap_or(Duration::from_secs(3600)));
-        let successors: Vec<_> = pairs.iter().map(|pair| (pair.public.kind(), pair.from)).collect();
+        let mut followed: Vec<TokenType> = vec![];
         pairs.retain(|pair| {
-            let over = |(kind, from): &(TokenType, u64)| {
-                *kind == pair.public.kind() && *from > pair.from && from + overlap <= now
-            };
-            !successors.iter().any(over)
+            let kind = pair.public.kind();
+            let over = followed.contains(&kind);
+            if pair.from + overlap <= now {
+                followed.push(kind);
+            }
+            !over
         });
         changed |= pairs.len() != before;
         if changed {
@@ -156,7 +158,8 @@ impl Issuer {
             let pair = Pair::generate(kind, from)?;
             let taken = |other: &Pair| other.public.kind() == kind && other.truncated_id() == pair.truncated_id();
             if !pairs.iter().any(taken) {
-                pairs.push(pair);
+                // Of those of one second, the latest is first.
+                pairs.insert(0, pair);
                 return Ok(());
             }
         }
@@ -274,8 +277,17 @@ mod tests {
         assert!(!again.advance(1149, false).unwrap());
         again.advance(1150, false).unwrap();
         assert!(types_from(&again, 1150).iter().all(|(_, from)| *from >= 1100), "the previous ones are over");
-        again.advance(1160, true).unwrap();
-        assert!(types_from(&again, 1160).iter().all(|(_, from)| *from <= 1160), "the next are used at once");
+        let before = again.directory(1160).document;
+        for _ in 0..2 {
+            again.advance(1160, true).unwrap();
+            let keys = types_from(&again, 1160);
+            assert!(keys.iter().all(|(_, from)| *from <= 1160), "the next are used at once: {keys:?}");
+        }
+        let first = |document: &str| {
+            let document: serde_json::Value = serde_json::from_str(document).unwrap();
+            document["token-keys"][0]["token-key"].clone()
+        };
+        assert_ne!(first(&again.directory(1160).document), first(&before), "and named first");
         let late = open(5000);
         assert!(types_from(&late, 5000).iter().any(|(_, from)| *from <= 5000), "there is always one to use");
         use std::os::unix::fs::PermissionsExt as _;

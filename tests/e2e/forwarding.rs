@@ -309,7 +309,7 @@ async fn sigterm_lets_requests_end() {
 }
 
 /// A node that speaks h2c by hand: it resets the first `refused` streams with `reason`, and answers the others.
-async fn resetting_node(
+pub async fn resetting_node(
     refused: usize,
     reason: h2::Reason,
 ) -> (std::net::SocketAddr, tokio::sync::watch::Receiver<usize>) {

@@ -76,6 +76,13 @@ pub struct Gateway {
     child: Child,
 }
 
+/// Runs the gateway; what it says is kept beside its configuration.
+fn spawn(config: &Path) -> Child {
+    let stderr = std::fs::File::create(config.with_file_name("stderr")).unwrap();
+    let mut command = Command::new(binary());
+    command.args(["run", "--config"]).arg(config).stdout(Stdio::null()).stderr(stderr).spawn().unwrap()
+}
+
 fn free_port() -> SocketAddr {
     TcpListener::bind((own_ip(), 0)).unwrap().local_addr().unwrap()
 }
@@ -90,16 +97,18 @@ impl Gateway {
     pub async fn start_in(dir: tempfile::TempDir, setup: Setup) -> Gateway {
         let (addr, admin) = (free_port(), free_port());
         let config = config(dir.path(), addr, admin, &setup);
-        let child = Command::new(binary())
-            .args(["run", "--config"])
-            .arg(&config)
-            .stdout(Stdio::null())
-            .stderr(std::fs::File::create(dir.path().join("stderr")).unwrap())
-            .spawn()
-            .unwrap();
+        let child = spawn(&config);
         let mut gateway = Gateway { addr, admin, dir, setup, child };
         gateway.wait_until_healthy().await;
         gateway
+    }
+
+    /// Ends it by a signal and starts it again, with what its folder holds now.
+    pub async fn restart(&mut self, signal: &str) {
+        self.signal(signal);
+        self.ended().await;
+        self.child = spawn(&self.dir.path().join("gateway.toml"));
+        self.wait_until_healthy().await;
     }
 
     /// Writes its configuration anew, changed, has it reload, and waits until that has come to `result`.
@@ -123,6 +132,17 @@ impl Gateway {
             assert!(began.elapsed() < Duration::from_secs(5), "{series} is {value}: {}", self.stderr());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// Another process with the files of this one, and other addresses.
+    pub fn restart_elsewhere(&self) -> Child {
+        let own = self.dir.path().join("gateway.toml");
+        let text = std::fs::read_to_string(&own).unwrap();
+        let text = text.replace(&self.addr.to_string(), &free_port().to_string());
+        let other = self.dir.path().join("second.toml");
+        std::fs::write(&other, text.replace(&self.admin.to_string(), &free_port().to_string())).unwrap();
+        let mut command = Command::new(binary());
+        command.args(["run", "--config"]).arg(other).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
     }
 
     async fn wait_until_healthy(&mut self) {

@@ -7,6 +7,7 @@ use crate::support::encode;
 use crate::support::tokens::{Issuer, authorization, challenges};
 use base64::Engine as _;
 use http::Method;
+use privacypass::TokenType;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -15,16 +16,17 @@ fn issuer() -> &'static Issuer {
     ISSUER.get_or_init(|| Issuer::generate("issuer.example"))
 }
 
-fn request() -> Vec<u8> {
+pub fn request() -> Vec<u8> {
     encode::queueing_request("a.example", "b.example", b"bob's queue", &private_message(b"g"))
 }
 
-async fn ask(client: &Client, credentials: &[&str]) -> Response {
+pub async fn ask(client: &Client, credentials: &[&str]) -> Response {
     let headers: Vec<_> = credentials.iter().map(|value| ("authorization", *value)).collect();
     client.send_with(Method::POST, "/connection_request", &headers, request()).await.unwrap()
 }
 
-fn problem(response: &Response) -> String {
+/// The last part of a problem's type.
+pub fn problem(response: &Response) -> String {
     response.json()["type"].as_str().unwrap_or_default().rsplit(':').next().unwrap_or_default().to_owned()
 }
 
@@ -36,7 +38,7 @@ async fn start(ds: &Ds, more: &str) -> Gateway {
     Gateway::start_in(dir, Setup::of(ds).with(more).with(settings).with(pass)).await
 }
 
-const REQUIRED: &str = "[endpoints.connection_request]\ntoken = \"required\"\n";
+pub const REQUIRED: &str = "[endpoints.connection_request]\ntoken = \"required\"\n";
 
 #[tokio::test]
 async fn a_token_lets_in_once() {
@@ -114,6 +116,237 @@ async fn each_fault_of_a_token_has_its_name() {
     assert_eq!(ask(&client, &["Bearer of the DS", &bare]).await.status, 200);
     let passed = ds.requests().remove(0).headers;
     assert_eq!(passed.get_all("authorization").iter().collect::<Vec<_>>(), ["Bearer of the DS"]);
+}
+
+/// Status, and the last part of a problem's type.
+pub fn outcome(response: &Response) -> (u16, String) {
+    (response.status.as_u16(), problem(response))
+}
+
+/// A gateway that takes tokens of these issuers.
+async fn start_with(ds: &Ds, issuers: &[Issuer], more: &str) -> Gateway {
+    let dir = tempfile::tempdir().unwrap();
+    let table = |(n, issuer): (usize, &Issuer)| {
+        issuer.write(dir.path(), &format!("key-{n}"));
+        issuer.table(&format!("key-{n}"))
+    };
+    let tables: String = issuers.iter().enumerate().map(table).collect();
+    let settings = if more.contains("[privacy_pass]") { "" } else { "[privacy_pass]\n" };
+    Gateway::start_in(dir, Setup::of(ds).with(more).with(settings).with(&tables)).await
+}
+
+const TYPES: [TokenType; 3] = [TokenType::Public, TokenType::PrivateP384, TokenType::PrivateRistretto255];
+
+#[tokio::test]
+async fn tokens_of_every_type_and_from_batches() {
+    let ds = Ds::start().await;
+    let issuers = TYPES.map(|kind| Issuer::of("issuer.example", kind));
+    let gateway = start_with(&ds, &issuers, REQUIRED).await;
+    let client = gateway.stranger();
+    let challenged = ask(&client, &[]).await;
+    let challenges = challenges(&challenged.headers);
+    assert_eq!(challenges.iter().map(|c| c.token_type()).collect::<Vec<_>>(), [2, 1, 5], "in one answer");
+    let mut redeemed = 0;
+    for (issuer, challenge) in issuers.iter().zip(&challenges) {
+        assert_eq!(challenge.token_key, issuer.token_key());
+        let mut tokens = vec![issuer.token(challenge).unwrap()];
+        if issuer.kind() != TokenType::Public {
+            tokens.extend(issuer.batch(challenge, 3).unwrap());
+        }
+        for token in &tokens {
+            let value = authorization(token);
+            assert_eq!(ask(&client, &[&value]).await.status, 200, "type {}", challenge.token_type());
+            assert_eq!(outcome(&ask(&client, &[&value]).await), (401, "token-spent".into()));
+            redeemed += 1;
+        }
+        // Of a type whose key has not made it.
+        let mut bad = issuer.token(challenge).unwrap();
+        *bad.last_mut().unwrap() ^= 1;
+        assert_eq!(outcome(&ask(&client, &[&authorization(&bad)]).await), (401, "token-bad".into()));
+        bad[1] = if bad[1] == 2 { 1 } else { 2 };
+        assert_eq!(outcome(&ask(&client, &[&authorization(&bad)]).await), (401, "token-malformed".into()));
+    }
+    assert_eq!((redeemed, ds.complete()), (9, 9));
+    for (kind, n) in [(1, 4.0), (2, 1.0), (5, 4.0)] {
+        let series = format!("moh_gateway_tokens_redeemed_total{{type=\"{kind}\"}}");
+        gateway.until_metric(&series, |redeemed| redeemed == n).await;
+    }
+}
+
+#[tokio::test]
+async fn a_token_is_for_the_endpoint_or_the_limit_that_it_was_asked_for() {
+    let ds = Ds::start().await;
+    let limits = r#"
+[privacy_pass]
+context = "CONTEXT"
+[endpoints.connection_request]
+token = "required"
+[[limit]]
+name = "packages"
+endpoints = ["connection_key_packages"]
+key = ["ip"]
+rate = "1/h"
+burst = 1
+token = "exempt"
+"#;
+    let packages = || encode::connection_key_package_request("a.example", "b.example", b"bob");
+    for context in ["origin", "endpoint", "limit"] {
+        let issuers = [Issuer::generate("issuer.example")];
+        let gateway = start_with(&ds, &issuers, &limits.replace("CONTEXT", context)).await;
+        let client = gateway.stranger();
+        let ask_packages = async |credential: &str| {
+            let headers = [("authorization", credential)];
+            client.send_with(Method::POST, "/connection_key_packages", &headers, packages()).await.unwrap()
+        };
+        assert_eq!(ask_packages("none").await.status, 200);
+        let limited = ask_packages("none").await;
+        assert_eq!(limited.status, 429);
+        let token =
+            |response: &Response| authorization(&issuers[0].token(&challenges(&response.headers).remove(0)).unwrap());
+        let (of_request, of_packages) = (token(&ask(&client, &[]).await), token(&limited));
+        let elsewhere = match context {
+            "origin" => ((200, String::new()), 200),
+            _ => ((401, "token-wrong-challenge".into()), 401),
+        };
+        assert_eq!(outcome(&ask(&client, &[&of_packages]).await), elsewhere.0, "{context}");
+        assert_eq!(ask_packages(&of_request).await.status, elsewhere.1, "{context}");
+        if context != "origin" {
+            assert_eq!(ask_packages(&of_packages).await.status, 200, "{context}");
+            assert_eq!(ask(&client, &[&of_request]).await.status, 200, "{context}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_token_exempts_from_a_limit_that_is_exceeded() {
+    let ds = Ds::start().await;
+    let limits = r#"
+[[limit]]
+name = "strangers"
+endpoints = ["connection_request"]
+key = ["target"]
+rate = "1/h"
+burst = 2
+token = "exempt"
+[[limit]]
+name = "trial"
+endpoints = ["connection_request"]
+key = ["ip"]
+rate = "1/h"
+burst = 1
+mode = "shadow"
+token = "exempt"
+"#;
+    let gateway = start(&ds, limits).await;
+    let client = gateway.stranger();
+    assert_eq!(ask(&client, &[]).await.status, 200);
+    // A challenge cannot be had here but for a limit that is exceeded; one of another gateway would do as well.
+    let second = ask(&client, &[]).await;
+    assert_eq!(second.status, 200, "the shadow, which is exceeded, refuses nobody");
+    let limited = ask(&client, &[]).await;
+    assert_eq!(limited.status, 429);
+    let challenge = challenges(&limited.headers).remove(0);
+    for _ in 0..5 {
+        let token = authorization(&issuer().token(&challenge).unwrap());
+        assert_eq!(ask(&client, &[&token]).await.status, 200);
+        assert_eq!(outcome(&ask(&client, &[&token]).await), (401, "token-spent".into()));
+    }
+    assert_eq!(ds.complete(), 7);
+    let exempted = |limit, mode| {
+        format!("moh_gateway_limit_decisions_total{{limit=\"{limit}\",mode=\"{mode}\",outcome=\"exempted\"}}")
+    };
+    assert_eq!(gateway.metric(&exempted("strangers", "enforce")).await, 5.0);
+    // Where no limit that enforces is exceeded a token is not needed, and not spent.
+    let other = encode::queueing_request("a.example", "b.example", b"carol's queue", &private_message(b"g"));
+    let token = authorization(&issuer().token(&challenge).unwrap());
+    let headers = [("authorization", &*token)];
+    let response = client.send_with(Method::POST, "/connection_request", &headers, other).await.unwrap();
+    assert_eq!((response.status.as_u16(), ask(&client, &[&token]).await.status.as_u16()), (200, 200));
+}
+
+#[tokio::test]
+async fn a_token_that_is_required_is_spent_whatever_limits_say() {
+    let ds = Ds::start().await;
+    // A cell is free again while a token is verified: the limit does not need it any more, the endpoint does.
+    let more = format!(
+        "{REQUIRED}[[limit]]\nname = \"l\"\nendpoints = [\"connection_request\"]\nkey = [\"ip\"]\nrate = \"300/s\"\n\
+         burst = 1\ntoken = \"exempt\"\n"
+    );
+    let issuers = [Issuer::of("issuer.example", TokenType::PrivateP384)];
+    let gateway = start_with(&ds, &issuers, &more).await;
+    let client = gateway.stranger();
+    let challenge = challenges(&ask(&client, &[]).await.headers).remove(0);
+    for _ in 0..5 {
+        let tokens = [(); 3].map(|()| authorization(&issuers[0].token(&challenge).unwrap()));
+        let [one, two, three] = tokens.each_ref().map(|token| [token.as_str()]);
+        let answers = tokio::join!(ask(&client, &one), ask(&client, &two), ask(&client, &three));
+        for answer in [answers.0, answers.1, answers.2] {
+            assert_eq!(answer.status, 200);
+        }
+        for token in &tokens {
+            assert_eq!(outcome(&ask(&client, &[token]).await), (401, "token-spent".into()));
+        }
+    }
+}
+
+#[tokio::test]
+async fn bad_and_spent_tokens_are_refused_from_memory() {
+    let ds = Ds::start().await;
+    let gateway = start(&ds, REQUIRED).await;
+    let client = gateway.stranger();
+    let challenge = challenges(&ask(&client, &[]).await.headers).remove(0);
+    let good = issuer().token(&challenge).unwrap();
+    let mut bad = issuer().token(&challenge).unwrap();
+    bad[200] ^= 1;
+    let (good, bad) = (authorization(&good), authorization(&bad));
+    assert_eq!(ask(&client, &[&good]).await.status, 200);
+    let verified = "moh_gateway_token_seconds_count";
+    assert_eq!(gateway.metric(verified).await, 1.0);
+    for n in 0..10 {
+        assert_eq!(outcome(&ask(&client, &[&good]).await), (401, "token-spent".into()));
+        assert_eq!(outcome(&ask(&client, &[&bad]).await), (401, "token-bad".into()));
+        let again = gateway.metric("moh_gateway_tokens_refused_again_total").await;
+        assert_eq!((gateway.metric(verified).await, again), (2.0, f64::from(2 * n + 1)), "verified once each");
+    }
+}
+
+#[tokio::test]
+async fn more_tokens_than_can_be_verified_in_time_are_refused_and_not_lost() {
+    let ds = Ds::start().await;
+    let issuers = [Issuer::of("issuer.example", TokenType::PrivateP384)];
+    let more = format!("{REQUIRED}[privacy_pass]\nthreads = 1\nmax_wait = \"5ms\"\n");
+    let gateway = start_with(&ds, &issuers, &more).await;
+    let client = gateway.stranger();
+    let challenge = challenges(&ask(&client, &[]).await.headers).remove(0);
+    let mut left: Vec<_> = issuers[0].batch(&challenge, 60).unwrap().iter().map(|t| authorization(t)).collect();
+    let mut shed = 0;
+    for _ in 0..100 {
+        let answers = left.iter().map(|token| {
+            let (client, token) = (gateway.stranger(), token.clone());
+            tokio::spawn(async move { (ask(&client, &[&token]).await, token) })
+        });
+        let mut busy = vec![];
+        for answer in answers.collect::<Vec<_>>() {
+            let (answer, token) = answer.await.unwrap();
+            match outcome(&answer) {
+                (200, _) => {}
+                (503, problem) => {
+                    assert_eq!((&*problem, answer.header("retry-after")), ("token-busy", Some("1")));
+                    assert!(answer.header("www-authenticate").is_none(), "it has a token already");
+                    busy.push(token);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        shed += busy.len();
+        left = busy;
+        if left.is_empty() {
+            break;
+        }
+    }
+    assert!(shed > 0 && left.is_empty(), "{shed} were shed, {} are left", left.len());
+    assert_eq!(ds.complete(), 60, "each was taken once");
+    assert_eq!(gateway.metric("moh_gateway_tokens_shed_total").await, shed as f64);
 }
 
 #[tokio::test]
