@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 CARGO ?= cargo
+NODE_MODULES := tests/interop/node_modules/.package-lock.json
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .PHONY: help setup setup-test build release demo test lint bench picture fuzz clean
@@ -14,8 +15,14 @@ setup: ## What the build needs beside a Rust toolchain, gcc, make and git (cmake
 	@$(CARGO) fmt --version >/dev/null 2>&1 || rustup component add rustfmt
 	@$(CARGO) clippy --version >/dev/null 2>&1 || rustup component add clippy
 
-setup-test: setup ## What the tests need beside that: redis-server, which they start themselves on ports of their own (by apt)
+setup-test: setup $(NODE_MODULES) ## What the tests need beside that: redis-server, which they start themselves, and node (both by apt), with a library (by npm)
 	@command -v redis-server >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) env RUNLEVEL=1 apt-get install -yq redis-server; }
+
+# A Privacy Pass client and issuer of others' making (tests/interop)
+$(NODE_MODULES): tests/interop/package-lock.json
+	@command -v npm >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -yq --no-install-recommends nodejs npm; }
+	npm ci --prefix tests/interop --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
 
 build: setup ## A debug build
 	$(CARGO) build --locked
@@ -32,7 +39,7 @@ lint: setup ## Formatting and clippy
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 
 test: setup-test lint ## Formatting, clippy, and all tests; MOH_VECTORS=DIR has the shared vectors read, too
-	$(CARGO) test --locked --bench gateway --bench limits -- --test
+	$(CARGO) test --locked --bench gateway --bench limits --bench tokens -- --test
 	$(CARGO) test --locked --lib --bins --tests
 
 picture: setup ## docs/limits.svg: what a limit admits of a burst, a flood and at a window's edge, measured (15 s)

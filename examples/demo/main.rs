@@ -54,7 +54,7 @@ async fn demo(arguments: &Arguments) -> Result<bool, Error> {
         () = interrupted() => return Err("interrupted".into()),
     };
     if arguments.keep {
-        stage.print_commands().await?;
+        stage.print_commands();
         interrupted().await;
     }
     stage.strike().await;

@@ -257,21 +257,31 @@ impl Play<'_> {
         let connect = "/connection_request";
         let refused = self.post(DAVE, self.dave, connect, "", body.clone(), "401 with challenge").await?;
 
-        let challenge = tokens::challenges(&refused.headers).into_iter().next().ok_or("401, but no challenge")?;
-        let (issuer, _, origin) = challenge.parts();
-        let token = self.stage.issuer.token(&challenge)?;
-        self.check(DAVE, &format!("{issuer} gives him a token for"), "ds.b.example", &origin);
-        let authorization = tokens::authorization(&token);
-        let with_token = [("authorization", authorization.as_str())];
+        let challenges = tokens::challenges(&refused.headers);
+        let told: Vec<_> = challenges
+            .iter()
+            .map(|challenge| {
+                let (issuer, _, origin) = challenge.parts();
+                format!("{} of {issuer} for {origin}", challenge.token_type())
+            })
+            .collect();
+        let expected = [2, 1, 5].map(|kind| format!("{kind} of issuer.example for ds.b.example"));
+        self.check(DAVE, "is asked for a token of type", &expected.join(", "), &told.join(", "));
 
-        let what = "with the token";
-        self.ask(Ask { headers: &with_token, ..post(DAVE, self.dave, connect, what, body.clone(), DONE) }).await?;
-        let arrived = self.stage.delivery.fetch(queue).iter().filter(|&welcome| *welcome == added.welcome).count();
-        self.check(BOB, "has dave's Welcome in his queue", "1", &arrived.to_string());
-
-        let what = "with the token again";
-        let spent = "401 with challenge";
-        self.ask(Ask { headers: &with_token, ..post(DAVE, self.dave, connect, what, body, spent) }).await?;
+        for (n, kind) in (1..).zip([2, 1, 5]) {
+            let authorization = self.stage.token(kind, connect, "connection_request.bin").await?;
+            let with_token = [("authorization", authorization.as_str())];
+            let what = format!("with a token of type {kind}");
+            self.ask(Ask { headers: &with_token, ..post(DAVE, self.dave, connect, &what, body.clone(), DONE) }).await?;
+            let arrived = self.stage.delivery.fetch(queue).iter().filter(|&welcome| *welcome == added.welcome).count();
+            self.check(BOB, "has dave's Welcome in his queue", "1", &arrived.to_string());
+            if n == 1 {
+                let spent = "401 with challenge";
+                let what = "with the token again";
+                self.ask(Ask { headers: &with_token, ..post(DAVE, self.dave, connect, what, body.clone(), spent) })
+                    .await?;
+            }
+        }
         Ok(())
     }
 

@@ -15,9 +15,9 @@ use crate::Error;
 use crate::support::client::Client;
 use crate::support::delivery::Delivery;
 use crate::support::ds::Ds;
+use crate::support::issuing::{self, Issuer};
 use crate::support::pki::{Ca, Identity};
 use crate::support::program;
-use crate::support::tokens::{self, Issuer};
 
 /// The rest of the configuration is the gateway's defaults; conf/gateway.toml explains every key.
 const CONFIGURATION: &str = r#"# Written by the demo.
@@ -82,10 +82,21 @@ burst = {member_burst}
 origin = "ds.b.example"
 epoch = "1h"
 
+# Written by `moh-gateway issuer`. Of the types 1 and 5 the gateway has the issuer's private keys.
 [[privacy_pass.issuer]]
 name = "issuer.example"
 token_type = 2
-key_file = "issuer.pub"
+key_file = "issuer/type-2.pem"
+
+[[privacy_pass.issuer]]
+name = "issuer.example"
+token_type = 1
+key_file = "issuer/type-1.keys"
+
+[[privacy_pass.issuer]]
+name = "issuer.example"
+token_type = 5
+key_file = "issuer/type-5.keys"
 
 [admin]
 address = "{admin}"
@@ -111,7 +122,8 @@ pub struct Stage {
     pub nodes: [Ds; 2],
     /// What the two nodes have in common.
     pub delivery: Arc<Delivery>,
-    pub issuer: Issuer,
+    issuer: Issuer,
+    program: PathBuf,
     ca_pem: String,
     guest: Identity,
     dir: TempDir,
@@ -128,8 +140,7 @@ impl Stage {
         ca.issue(&["b.example", "ds.b.example"]).write(dir.path(), "ds.b.example");
         let guest = ca.issue(&["a.example"]);
         guest.write(dir.path(), "a.example");
-        let issuer = Issuer::generate("issuer.example");
-        issuer.write(dir.path(), "issuer.pub");
+        let issuer = Issuer::start(&program, &dir.path().join("issuer"), &[]).await?;
 
         let delivery = Arc::new(Delivery::new());
         let [one, two] = [Ds::start_with(delivery.clone()).await, Ds::start_with(delivery.clone()).await];
@@ -141,10 +152,12 @@ impl Stage {
             .replace("{node2}", &two.addr.to_string())
             .replace("{member_burst}", &MEMBER_BURST.to_string());
         let gateway = program::start(&program, dir.path(), &configuration)?;
+        println!("issuer of tokens        {}, `moh-gateway issuer`", issuer.addr);
         println!("DS nodes of b.example   {} (HTTP/1.1), {} (h2c)", one.addr, two.addr);
         let local = one.addr;
         let nodes = [one, two];
-        let mut stage = Stage { addr, admin, local, gateway, nodes, delivery, issuer, ca_pem: ca.pem(), guest, dir };
+        let ca_pem = ca.pem();
+        let mut stage = Stage { addr, admin, local, gateway, nodes, delivery, issuer, program, ca_pem, guest, dir };
         program::ready(&mut stage.gateway, admin, stage.dir.path()).await?;
         println!("gateway of b.example    {addr}, admin {admin}: ready after {} ms", begun.elapsed().as_millis());
         println!("its configuration       {}", stage.path("gateway.toml").display());
@@ -170,6 +183,14 @@ impl Stage {
         &self.ca_pem
     }
 
+    /// What `moh-gateway token` prints for a request of a stranger that was saved: the value of `Authorization`.
+    pub async fn token(&self, kind: u16, path: &str, body: &str) -> Result<String, Error> {
+        let (ca, roots) = (self.path("federation-ca.pem"), self.issuer.roots());
+        let (kind, body) = (kind.to_string(), self.path(body).display().to_string());
+        let more = ["--type", &kind, "--body", &body];
+        issuing::token(&self.program, path, (self.addr, &ca), (self.issuer.addr, &roots), &more).await
+    }
+
     /// Keeps a body for the commands at the end.
     pub fn save(&self, name: &str, body: &[u8]) -> Result<(), Error> {
         Ok(fs::write(self.path(name), body)?)
@@ -185,14 +206,7 @@ impl Stage {
     }
 
     /// Says what can be tried by hand.
-    pub async fn print_commands(&self) -> Result<(), Error> {
-        let body = fs::read(self.path("connection_request.bin"))?;
-        let refused = self.stranger().send(Method::POST, "/connection_request", body).await?;
-        let challenge =
-            tokens::challenges(&refused.headers).into_iter().next().ok_or("no challenge to make a token for")?;
-        let token = tokens::authorization(&self.issuer.token(&challenge)?);
-        self.save("authorization.txt", format!("Authorization: {token}\n").as_bytes())?;
-
+    pub fn print_commands(&self) {
         let port = self.addr.port();
         let curl = |guest: bool, method: &str, path: &str, body: &str, more: &str| {
             let certificate = if guest { "--cert a.example.pem --key a.example.key " } else { "" };
@@ -217,15 +231,27 @@ impl Stage {
         curl(true, "POST", "/group_operation", "malformed.bin", "");
         println!("# a stranger without a token (401)");
         curl(false, "POST", "/connection_request", "connection_request.bin", "");
-        println!("# and with one (200, a second time 401)");
+        println!("# one from the issuer, of type 2, 1 or 5");
+        println!(
+            "{} token --type 2 --body connection_request.bin --ca federation-ca.pem --resolve ds.b.example:{} \\\n  \
+             --issuer https://{}:{} --issuer-ca issuer/ca.pem --resolve {}:{} \\\n  \
+             https://ds.b.example:{port}/connection_request > authorization.txt\n",
+            self.program.display(),
+            self.addr,
+            issuing::NAME,
+            self.issuer.addr.port(),
+            issuing::NAME,
+            self.issuer.addr
+        );
+        println!("# and the same with it (200, a second time 401)");
         curl(false, "POST", "/connection_request", "connection_request.bin", "-H @authorization.txt ");
         println!("curl -s http://{}/metrics\ntail -n 3 access.jsonl", self.admin);
-        Ok(())
     }
 
-    /// Ends the gateway and the nodes.
+    /// Ends the gateway, the issuer and the nodes.
     pub async fn strike(&mut self) {
         let _ = self.gateway.kill().await;
+        self.issuer.stop().await;
         for node in &self.nodes {
             node.stop().await;
         }

@@ -281,8 +281,8 @@ fn milliseconds<const N: u64>() -> Spanned<Span> {
 #[serde(deny_unknown_fields)]
 pub(super) struct PrivacyPass {
     pub(super) origin: Option<Spanned<String>>,
-    #[serde(default = "seconds::<3600>")]
-    pub(super) epoch: Span,
+    #[serde(default = "milliseconds::<3_600_000>")]
+    pub(super) epoch: Spanned<Span>,
     #[serde(default)]
     pub(super) context: Context,
     pub(super) secret_file: Option<Spanned<PathBuf>>,

@@ -24,7 +24,7 @@ pub use issuer::Issuer;
 pub use key::{Key, KeyError, MOST_KEYS};
 pub use pool::{Busy, Pool};
 pub use spent::{Reservation, Spent, WithoutStore};
-pub use token::{TYPES, Token, has_credential, is_private_token, type_of};
+pub use token::{TYPES, Token, credential, has_credential, is_private_token, type_of};
 
 use crate::limiter::fleet::Fleet;
 use crate::problem::TokenProblem;

@@ -116,7 +116,10 @@ fn parameters(value: &HeaderValue) -> Option<&[u8]> {
 }
 
 /// The octets of the one `PrivateToken` credential, if there is any (RFC 9577 §2.2): `token`, quoted or not.
-pub(super) fn credential(headers: &HeaderMap) -> Result<Option<Vec<u8>>, TokenProblem> {
+///
+/// # Errors
+/// [`TokenProblem::Malformed`]: it cannot be read, or there are two.
+pub fn credential(headers: &HeaderMap) -> Result<Option<Vec<u8>>, TokenProblem> {
     let mut credentials = headers.get_all(header::AUTHORIZATION).iter().filter_map(parameters);
     let Some(found) = credentials.next() else { return Ok(None) };
     if credentials.next().is_some() {

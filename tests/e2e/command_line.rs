@@ -265,6 +265,83 @@ fn errors_say_file_line_and_key() {
 }
 
 #[test]
+fn privacy_pass_says_what_is_wrong_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, octets: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, octets).unwrap();
+        path.display().to_string()
+    };
+    let public = crate::support::tokens::Issuer::generate("issuer.example");
+    let public = public.write(dir.path(), "public").display().to_string();
+    let (secret, short) = (write("secret", &[7; 32]), write("short", &[7; 31]));
+    let issuer =
+        format!("[[privacy_pass.issuer]]\nname = \"issuer.example\"\ntoken_type = 2\nkey_file = \"{public}\"\n");
+    let directory = |url: &str| issuer.replace("key_file = ", &format!("directory = \"{url}\" #"));
+    for (settings, issuers, expected) in [
+        (
+            format!("secret_file = \"{short}\""),
+            issuer.clone(),
+            "privacy_pass.secret_file: a secret has 32 octets or more",
+        ),
+        (
+            format!("secret_file = \"{secret}\""),
+            issuer.clone(),
+            "privacy_pass.secret_file: with spent = \"memory\" its",
+        ),
+        ("spent = \"files\"".into(), issuer.clone(), "privacy_pass.spent: \"files\" needs secret_file"),
+        (format!("spent = \"files\"\nsecret_file = \"{secret}\""), issuer.clone(), "\"files\" needs state"),
+        (format!("spent = \"redis\"\nsecret_file = \"{secret}\""), issuer.clone(), "\"redis\" needs [limits.redis]"),
+        ("spent = \"disk\"".into(), issuer.clone(), "privacy_pass.spent: unknown variant `disk`"),
+        ("on_store_failure = \"local\"".into(), issuer.clone(), "on_store_failure: it is for spent = \"redis\""),
+        ("on_store_failure = \"open\"".into(), issuer.clone(), "to take a token that may be spent"),
+        ("spent_tokens = 0".into(), issuer.clone(), "privacy_pass.spent_tokens: 1 to 100000000"),
+        ("spent_tokens = 100000001".into(), issuer.clone(), "privacy_pass.spent_tokens: 1 to 100000000"),
+        ("epoch = \"10ms\"".into(), issuer.clone(), "privacy_pass.epoch: an epoch is a second or more"),
+        ("threads = 0".into(), issuer.clone(), "privacy_pass.threads: 1 to 256"),
+        ("max_wait = \"1m\"".into(), issuer.clone(), "privacy_pass.max_wait: 1ms to 5s"),
+        ("context = \"member\"".into(), issuer.clone(), "privacy_pass.context: unknown variant"),
+        ("origin = \"*\"".into(), issuer.clone(), "privacy_pass.origin: "),
+        (String::new(), "issuer = []".into(), "privacy_pass.issuer: at least one is needed"),
+        (String::new(), issuer.repeat(9), "privacy_pass.issuer: 8 are the most"),
+        (String::new(), issuer.repeat(2), "privacy_pass.issuer[1].name: another issuer has this name"),
+        (
+            String::new(),
+            issuer.clone() + &issuer.replace("issuer.example", "other.example"),
+            "privacy_pass.issuer[1].key_file: another issuer has a key of these",
+        ),
+        (String::new(), issuer.replace("= 2", "= 3"), "token_type: 1 (VOPRF P-384), 2 (Blind RSA) or 5"),
+        (
+            String::new(),
+            issuer.replace("= 2", "= 1"),
+            "key_file: FILES/public: it is not the private key of a VOPRF: 48 octets",
+        ),
+        (
+            String::new(),
+            issuer.replace("public\"", "secret\""),
+            "key_file: FILES/secret: it is not a SubjectPublicKeyInfo",
+        ),
+        (String::new(), issuer.replace("key_file", "# key_file"), "key_file: an issuer has a key_file or a directory"),
+        (String::new(), directory("http://i.example/"), "directory: \"http://i.example/\" is no https URL"),
+        (
+            String::new(),
+            directory("https://i.example/").replace("= 2", "= 5"),
+            "directory: a directory has public keys",
+        ),
+        (
+            String::new(),
+            directory("https://i.example/") + "directory_ca = \"nowhere.pem\"\n",
+            "privacy_pass.issuer[0].directory_ca: ",
+        ),
+        (String::new(), issuer.clone() + "directory_ca = \"ca.pem\"\n", "directory_ca: it is for directory"),
+    ] {
+        let text = said(|text| format!("{text}\n[privacy_pass]\n{settings}\n{issuers}"));
+        let text = text.replace(dir.path().to_str().unwrap(), "FILES");
+        assert!(text.contains(expected), "{expected} in {text}");
+    }
+}
+
+#[test]
 fn run_says_why_it_cannot() {
     let dir = tempfile::tempdir().unwrap();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

@@ -168,7 +168,7 @@ fn voprf_key<CS: PrivateCipherSuite>(len: usize) -> (Vec<u8>, Vec<u8>) {
 }
 
 /// The crate's store, with one key.
-fn voprf_store<CS: PrivateCipherSuite>(scalar: &[u8]) -> MemoryKeyStoreVoprf<CS> {
+pub fn voprf_store<CS: PrivateCipherSuite>(scalar: &[u8]) -> MemoryKeyStoreVoprf<CS> {
     let store = MemoryKeyStoreVoprf::default();
     let server = VoprfServer::<CS>::new_with_key(scalar).unwrap();
     now(store.insert(public_key_to_truncated_token_key_id::<CS>(&server.get_public_key()), server));

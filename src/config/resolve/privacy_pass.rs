@@ -42,9 +42,8 @@ impl Resolver<'_> {
         {
             self.wrong(spent, "privacy_pass.spent_tokens", format!("1 to {MOST_SPENT_TOKENS}"));
         }
-        if table.epoch.0 < Duration::from_secs(1) {
-            let at = Spanned::new(table.issuer.span().start..0, ());
-            self.wrong(&at, "privacy_pass.epoch", "an epoch is a second or more");
+        if table.epoch.get_ref().0 < Duration::from_secs(1) {
+            self.wrong(&table.epoch, "privacy_pass.epoch", "an epoch is a second or more");
         }
         let threads = match &table.threads {
             None => std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).max(1)),
@@ -60,7 +59,7 @@ impl Resolver<'_> {
         }
         Some(Settings {
             origin,
-            epoch: table.epoch.0,
+            epoch: table.epoch.get_ref().0,
             bound_to: match table.context {
                 file::Context::Origin => BoundTo::Origin,
                 file::Context::Endpoint => BoundTo::Endpoint,
