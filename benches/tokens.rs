@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use criterion::{BatchSize, BenchmarkGroup, Criterion, Throughput, criterion_group, measurement::WallTime};
 use http::{HeaderMap, HeaderValue, header};
 use moh_gateway::privacypass::{
-    BoundTo, Challenges, Issuer, Key, Origin, Purpose, Settings, Spent, SpentIn, Token, credential, unix_now,
+    BoundTo, Challenges, Issuer, Key, Origin, Purpose, Room, Settings, Spent, SpentIn, Token, credential, unix_now,
 };
 use moh_gateway::telemetry::Metrics;
 use p384::NistP384;
@@ -26,6 +26,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
+use tokio::task::JoinSet;
 
 const KINDS: [TokenType; 3] = [TokenType::Public, TokenType::PrivateP384, TokenType::PrivateRistretto255];
 
@@ -158,23 +159,24 @@ fn redeem(c: &mut Criterion) {
                 let token = Token::read(credential(black_box(&one)).unwrap().unwrap()).unwrap();
                 let known = of.recognise(&token, &purpose(), unix_now()).unwrap();
                 assert!(!spent.contains(token.nonce()) && known.key.verifies(&token));
-                spent.prepare(known.epoch).unwrap();
                 // The reservation is dropped, so that the same token can be taken again.
                 Spent::reserve(&spent, *token.nonce(), known.epoch, known.current).unwrap()
             });
         });
         let origin = origin(kind, &issuer);
         let challenge = challenge(origin.challenge(&purpose()).unwrap());
-        let all: Vec<_> = (0..AT_ONCE).map(|_| fields(&issuer.token(&challenge).unwrap())).collect();
+        let all = (0..AT_ONCE).map(|_| fields(&issuer.token(&challenge).unwrap()));
+        let (origin, all) = (Arc::new(origin), all.collect::<Arc<[_]>>());
         group.throughput(Throughput::Elements(AT_ONCE as u64));
         group.bench_function(format!("{AT_ONCE} at once, one thread"), |b| {
             b.iter(|| {
                 runtime.block_on(async {
-                    let purpose = purpose();
-                    let tokens: Vec<_> = all.iter().map(|one| Box::pin(origin.redeem(one, &purpose))).collect();
-                    for token in join(tokens).await {
-                        drop(token.unwrap());
+                    let mut tasks = JoinSet::new();
+                    for n in 0..AT_ONCE {
+                        let (origin, all) = (origin.clone(), all.clone());
+                        tasks.spawn(async move { drop(origin.redeem(&all[n], &purpose()).await.unwrap()) });
                     }
+                    assert_eq!(tasks.join_all().await.len(), AT_ONCE);
                 });
             });
         });
@@ -205,25 +207,6 @@ fn origin(kind: TokenType, issuer: &tokens::Issuer) -> Origin {
         max_wait: Duration::from_secs(5),
     };
     Origin::start(settings, None, Metrics::new(&[]).unwrap().privacy_pass().unwrap()).unwrap()
-}
-
-/// All of them, each polled when it has something to do.
-async fn join<F: Future + Unpin>(futures: Vec<F>) -> Vec<F::Output> {
-    let mut waiting: Vec<_> = futures.into_iter().map(|future| (future, None)).collect();
-    std::future::poll_fn(|context| {
-        let mut pending = false;
-        for (future, output) in &mut waiting {
-            if output.is_none() {
-                match std::pin::Pin::new(future).poll(context) {
-                    Poll::Ready(of) => *output = Some(of),
-                    Poll::Pending => pending = true,
-                }
-            }
-        }
-        if pending { Poll::Pending } else { Poll::Ready(()) }
-    })
-    .await;
-    waiting.into_iter().filter_map(|(_, output)| output).collect()
 }
 
 fn challenge_costs(c: &mut Criterion) {
@@ -265,7 +248,7 @@ fn per_million() {
     let before = resident();
     let gauge = || IntGauge::new("s", "s").unwrap();
     let spent = Arc::new(Spent::new(tokens as usize, (1, 2), gauge()));
-    spent.prepare(1).unwrap();
+    spent.make_room(1, Room::new(tokens as usize).unwrap());
     let empty = resident() - before;
     let began = Instant::now();
     for n in 0..tokens {
@@ -281,7 +264,7 @@ fn per_million() {
 
     let dir = tempfile::tempdir().unwrap();
     let files = Arc::new(Spent::new(tokens as usize, (1, 2), gauge()).with_files(dir.path(), [0; 16], 1).unwrap());
-    files.prepare(1).unwrap();
+    files.make_room(1, Room::new(tokens as usize).unwrap());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let began = Instant::now();
     runtime.block_on(async {

@@ -1,6 +1,7 @@
 //! Whether tokens are a way to exhaust a gateway: requests without a token are sent at a steady rate, alone, then beside a
 //! flood of requests without the token that they need, then beside a flood of bad tokens, each for a challenge and a key that
-//! are right, from ever new addresses, so that each has to be verified. Printed is how long the first have to wait.
+//! are right, from ever new addresses, so that each has to be verified. Printed is how long the first have to wait. The
+//! connections of a flood are opened before: what handshakes cost is another question.
 //!
 //! The gateway has one core, and what sends and answers has another: `make flood`.
 #![allow(unreachable_pub)]
@@ -20,6 +21,7 @@ use bytes::Bytes;
 use clap::Parser;
 use http::{Method, Request};
 use http_body_util::{BodyExt as _, Full};
+use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use privacypass::TokenType;
 use rustls::pki_types::ServerName;
@@ -170,13 +172,15 @@ async fn flood(arguments: &Arguments) -> Result<(), Error> {
         for beside in [Beside::Nothing, Beside::NoTokens, Beside::BadTokens] {
             eprintln!("round {} of {}: {beside:?}", round + 1, arguments.rounds);
             let stop = Arc::new(AtomicBool::new(false));
-            let strangers =
-                tokio::spawn(strangers(addr, tls.clone(), beside, like.clone(), arguments.flood, stop.clone()));
+            let of_flood = if beside == Beside::Nothing { 0 } else { arguments.flood * (arguments.seconds + 1) };
+            let strangers = strangers(addr, &tls, of_flood).await?;
+            let bad_like = Some(like.clone()).filter(|_| beside == Beside::BadTokens);
+            let flood = tokio::spawn(send(strangers, bad_like, arguments.flood, stop.clone()));
             // It is to be under way.
             tokio::time::sleep(Duration::from_millis(300)).await;
             let measured = measure(&clients, arguments.rate, arguments.seconds).await;
             stop.store(true, Ordering::Relaxed);
-            for (status, n) in strangers.await?? {
+            for (status, n) in flood.await?? {
                 *answers.entry((beside, status)).or_default() += n;
             }
             waits.entry(beside).or_default().push(measured?);
@@ -204,11 +208,9 @@ fn request() -> Vec<u8> {
 /// Requests at a steady rate, each sent when it is due, whatever became of those before it; milliseconds that the median,
 /// the 99th and the 99.9th in a hundred took from then.
 async fn measure(clients: &[Arc<Client>], rate: u32, seconds: u32) -> Result<[f64; 3], Error> {
-    let begin = Instant::now() + Duration::from_millis(10);
-    let mut tasks = JoinSet::new();
-    for (n, client) in (0..rate * seconds).zip(clients.iter().cycle()) {
-        let due = begin + Duration::from_secs(1) * n / rate;
-        tokio::time::sleep_until(due.into()).await;
+    let (mut tasks, mut turn) = (JoinSet::new(), clients.iter().cycle());
+    let mut due = paced(rate, rate * seconds);
+    while let (Some(due), Some(client)) = (due.recv().await, turn.next()) {
         let client = client.clone();
         tasks.spawn(async move { Ok::<_, Error>((deliver(&client).await?, due.elapsed())) });
     }
@@ -224,88 +226,78 @@ async fn measure(clients: &[Arc<Client>], rate: u32, seconds: u32) -> Result<[f6
     Ok([0.5, 0.99, 0.999].map(|part| took[((took.len() - 1) as f64 * part) as usize]))
 }
 
-/// The flood, until it is told to stop: connections from ever new addresses. What was answered how often.
+/// The flood: connections from addresses of their own, opened before anything is measured.
 async fn strangers(
     addr: SocketAddr,
-    tls: Arc<rustls::ClientConfig>,
-    beside: Beside,
-    like: Arc<Vec<u8>>,
+    tls: &Arc<rustls::ClientConfig>,
+    requests: u32,
+) -> Result<Vec<SendRequest<Full<Bytes>>>, Error> {
+    static ADDRESS: AtomicU32 = AtomicU32::new(0);
+    let mut strangers = vec![];
+    for n in (0..requests.div_ceil(OF_AN_ADDRESS)).map(|_| ADDRESS.fetch_add(1, Ordering::Relaxed)) {
+        let socket = TcpSocket::new_v4()?;
+        let from = Ipv4Addr::new(127, 64 + (n / (250 * 250)) as u8, (n / 250 % 250) as u8, 1 + (n % 250) as u8);
+        socket.bind(SocketAddr::new(IpAddr::V4(from), 0))?;
+        let name = ServerName::try_from("ds.b.example")?;
+        let stream = TlsConnector::from(tls.clone()).connect(name, socket.connect(addr).await?).await?;
+        let (send, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
+        tokio::spawn(connection);
+        strangers.push(send);
+    }
+    Ok(strangers)
+}
+
+/// Sends the flood at a steady rate, each request over the next connection, until it is told to stop. What was answered how
+/// often.
+async fn send(
+    strangers: Vec<SendRequest<Full<Bytes>>>,
+    bad_like: Option<Arc<Vec<u8>>>,
     rate: u32,
     stop: Arc<AtomicBool>,
 ) -> Result<BTreeMap<u16, u32>, Error> {
-    static ADDRESS: AtomicU32 = AtomicU32::new(0);
-    let mut answers = BTreeMap::new();
-    if beside == Beside::Nothing {
-        return Ok(answers);
-    }
-    let mut tasks = JoinSet::new();
-    let mut due = Instant::now();
+    let mut due = paced(rate, u32::MAX);
+    let (mut tasks, mut turn) = (JoinSet::new(), strangers.iter().cycle());
     while !stop.load(Ordering::Relaxed) {
-        tokio::time::sleep_until(due.into()).await;
-        due += Duration::from_secs(1) * OF_AN_ADDRESS / rate;
-        let n = ADDRESS.fetch_add(1, Ordering::Relaxed);
-        let [_, high, middle, low] = n.to_be_bytes();
-        let from = IpAddr::V4(Ipv4Addr::new(127, 64 + high, middle, 1 + low % 254));
-        tasks.spawn(stranger(addr, from, tls.clone(), beside, like.clone(), Duration::from_secs(1) / rate));
-        while let Some(done) = tasks.try_join_next() {
-            count(&mut answers, done?);
-        }
-    }
-    while let Some(done) = tasks.join_next().await {
-        count(&mut answers, done?);
-    }
-    Ok(answers)
-}
-
-/// A connection that fails is one of the flood's troubles.
-fn count(answers: &mut BTreeMap<u16, u32>, of: Result<Vec<u16>, Error>) {
-    for status in of.unwrap_or_else(|_| vec![0]) {
-        *answers.entry(status).or_default() += 1;
-    }
-}
-
-async fn stranger(
-    addr: SocketAddr,
-    from: IpAddr,
-    tls: Arc<rustls::ClientConfig>,
-    beside: Beside,
-    like: Arc<Vec<u8>>,
-    apart: Duration,
-) -> Result<Vec<u16>, Error> {
-    let socket = TcpSocket::new_v4()?;
-    socket.bind(SocketAddr::new(from, 0))?;
-    let stream =
-        TlsConnector::from(tls).connect(ServerName::try_from("ds.b.example")?, socket.connect(addr).await?).await?;
-    let (send, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
-    let connection = tokio::spawn(connection);
-    let mut tasks = JoinSet::new();
-    for _ in 0..OF_AN_ADDRESS {
+        let (Some(_), Some(stranger)) = (due.recv().await, turn.next()) else { break };
         let mut of =
             Request::post("https://ds.b.example/connection_request").header("content-type", "application/octet-stream");
-        if beside == Beside::BadTokens {
+        if let Some(like) = &bad_like {
             // A nonce and an authenticator that nobody has seen; a number that is less than any modulus.
-            let mut token = (*like).clone();
+            let mut token = (**like).clone();
             aws_lc_rs::rand::fill(&mut token[2..34]).map_err(|_| "no randomness")?;
             aws_lc_rs::rand::fill(&mut token[99..]).map_err(|_| "no randomness")?;
             token[98] = 0;
             of = of.header("authorization", authorization(&token));
         }
-        let (mut send, request) = (send.clone(), of.body(Full::new(Bytes::from(request())))?);
+        let (mut stranger, request) = (stranger.clone(), of.body(Full::new(Bytes::from(request())))?);
         tasks.spawn(async move {
-            let answer = send.send_request(request).await?;
+            let answer = stranger.send_request(request).await?;
             let status = answer.status().as_u16();
             answer.into_body().collect().await?;
             Ok::<_, hyper::Error>(status)
         });
-        tokio::time::sleep(apart).await;
     }
-    let mut statuses = vec![];
+    let mut answers = BTreeMap::new();
     while let Some(done) = tasks.join_next().await {
-        statuses.push(done??);
+        *answers.entry(done??).or_default() += 1;
     }
-    drop(send);
-    connection.abort();
-    Ok(statuses)
+    Ok(answers)
+}
+
+/// So many times, at a steady rate. The runtime's clock counts milliseconds, which is longer than what is measured.
+fn paced(rate: u32, times: u32) -> tokio::sync::mpsc::UnboundedReceiver<Instant> {
+    let (tell, told) = tokio::sync::mpsc::unbounded_channel();
+    std::thread::spawn(move || {
+        let begin = Instant::now() + Duration::from_millis(10);
+        for n in 0..times {
+            let due = begin + Duration::from_secs_f64(f64::from(n) / f64::from(rate));
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            if tell.send(due).is_err() {
+                return;
+            }
+        }
+    });
+    told
 }
 
 fn print(arguments: &Arguments, waits: &BTreeMap<Beside, Vec<[f64; 3]>>, answers: &BTreeMap<(Beside, u16), u32>) {

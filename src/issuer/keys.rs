@@ -218,3 +218,57 @@ pub(super) fn asked_for(request: &[u8]) -> Result<(TokenType, TruncatedTokenKeyI
     let kind = type_of(u16::from_be_bytes([*high, *low])).filter(|kind| TYPES.contains(kind));
     Ok((kind.ok_or(IssueError::NoRequest)?, *id))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::privacypass::vectors::{octets, vectors};
+
+    #[tokio::test]
+    async fn issues_what_another_implementation_did() {
+        for (name, kind, fixed) in [
+            ("public", TokenType::Public, 256),
+            // What follows is a proof, which is another one each time.
+            ("private_p384", TokenType::PrivateP384, 49),
+            ("private_ristretto255", TokenType::PrivateRistretto255, 32),
+        ] {
+            for vector in vectors(name) {
+                let secret = octets(&vector, "skS");
+                let secret = match kind {
+                    TokenType::Public => pem(&secret),
+                    _ => secret,
+                };
+                let pair = Pair::of(kind, 0, secret).unwrap();
+                assert_eq!(pair.public.token_key(), octets(&vector, "pkS"));
+                let request = octets(&vector, "token_request");
+                assert_eq!(asked_for(&request), Ok((kind, pair.truncated_id())));
+                let response = pair.issue(&request).await.unwrap();
+                let expected = octets(&vector, "token_response");
+                assert_eq!((response.len(), &response[..fixed]), (expected.len(), &expected[..fixed]), "{name}");
+                let mut longer = request.clone();
+                longer.push(0);
+                assert_eq!(pair.issue(&longer).await, Err(IssueError::NoRequest));
+                assert_eq!(pair.issue(&request[..request.len() - 1]).await, Err(IssueError::NoRequest));
+            }
+        }
+    }
+
+    fn pem(text: &[u8]) -> Vec<u8> {
+        let (_, pem) = x509_parser::pem::parse_x509_pem(text).unwrap();
+        pem.contents
+    }
+
+    #[tokio::test]
+    async fn keys_are_kept_and_made_anew() {
+        for kind in TYPES {
+            let pair = Pair::generate(kind, 7).unwrap();
+            let again = Pair::restore(&pair.keep()).unwrap();
+            assert_eq!((again.public.id(), again.from), (pair.public.id(), 7));
+            assert_ne!(Pair::generate(kind, 7).unwrap().public.id(), pair.public.id());
+            let file = Key::read_all(kind, pair.key_file().as_bytes()).unwrap();
+            assert_eq!((file.len(), file[0].id()), (1, pair.public.id()));
+            let other = Kept { token_type: 3, ..pair.keep() };
+            assert!(Pair::restore(&other).is_err());
+        }
+    }
+}

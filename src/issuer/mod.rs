@@ -107,7 +107,8 @@ impl Issuer {
         let mut pairs: Vec<Pair> = self.pairs.read().to_vec();
         let before = pairs.len();
         let mut changed = at_once;
-        for kind in TYPES {
+        // Each is put before the others: in the order of their numbers, at last.
+        for kind in TYPES.into_iter().rev() {
             let of = |pairs: &[Pair]| pairs.iter().filter(|p| p.public.kind() == kind).map(|p| p.from).max();
             let newest = of(&pairs);
             if newest.is_none() {

@@ -183,16 +183,7 @@ pub(super) fn sha256(octets: &[u8]) -> [u8; 32] {
 mod tests {
     use super::*;
 
-    /// Vectors that another implementation issued; where the shared vectors are.
-    fn vectors(name: &str) -> Vec<serde_json::Value> {
-        let Ok(dir) = std::env::var("MOH_VECTORS") else { return vec![] };
-        let text = std::fs::read(format!("{dir}/privacypass/{name}_go.json")).unwrap();
-        serde_json::from_slice(&text).unwrap()
-    }
-
-    fn octets(vector: &serde_json::Value, field: &str) -> Vec<u8> {
-        hex::decode(vector[field].as_str().unwrap()).unwrap()
-    }
+    use crate::privacypass::vectors::{octets, vectors};
 
     #[test]
     fn tokens_of_another_implementation_verify() {

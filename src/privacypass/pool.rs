@@ -1,5 +1,6 @@
-//! Where authenticators are verified: on threads of their own, at a lower priority than those that serve, so that dear
-//! tokens hold up nobody who brings none. What waits is bounded by the time it will take, and more is refused at once.
+//! Where authenticators are verified: on threads of their own, which run when no other has something to do (SCHED_IDLE), so
+//! that dear tokens hold up nobody who brings none: a niceness of 10 made others wait for milliseconds. What waits is bounded
+//! by the time it will take, and more is refused at once.
 
 use crossbeam_channel::{Receiver, Sender};
 use privacypass::TokenType;
@@ -7,13 +8,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use thread_priority::{
+    NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy, set_thread_priority_and_policy, thread_native_id,
+};
 use tokio::sync::oneshot;
 
 /// Jobs that may wait, however short they are.
 const MOST_WAITING: usize = 4096;
-
-/// The workers' niceness: when there is not enough for both, those that serve go first.
-const NICENESS: i32 = 10;
 
 /// The longest that a job is thought to take: what took longer was not at work all the time.
 const LONGEST: u64 = 5_000_000;
@@ -78,17 +79,23 @@ impl Pool {
         for n in 0..threads.max(1) {
             let jobs: Receiver<Job> = jobs.clone();
             std::thread::Builder::new().name(format!("tokens-{n}")).spawn(move || {
-                // On Linux that is of this thread alone. Where it is not allowed, workers are like others.
-                let _ = rustix::process::nice(NICENESS);
+                // Where it is not allowed, workers are like others.
+                let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
+                let _ = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle);
                 // A fault of ours is not to end the thread: its job's request gets an answer as its half is dropped.
                 jobs.iter().for_each(|job| drop(catch_unwind(AssertUnwindSafe(job))));
             })?;
         }
         // As measured on one machine: where they begin.
-        let cost = [300_000, 25_000, 80_000].map(AtomicU64::new);
+        let cost = [900_000, 20_000, 40_000].map(AtomicU64::new);
         let bound = max_wait.as_nanos().saturating_mul(threads.max(1) as u128);
         let load = Arc::new(Load { waiting: AtomicU64::new(0), cost });
         Ok(Self { queue, load, bound: u64::try_from(bound).unwrap_or(u64::MAX) })
+    }
+
+    /// Drops what takes long to drop on one of the threads; here, if they have too much to do.
+    pub fn drop_there(&self, what: impl Send + 'static) {
+        let _ = self.queue.try_send(Box::new(move || drop(what)));
     }
 
     /// Does a token's work on one of the threads. Where its request has gone away meanwhile, it is not done.

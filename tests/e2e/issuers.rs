@@ -75,6 +75,31 @@ async fn a_rotation_refuses_no_token() {
 }
 
 #[tokio::test]
+async fn the_next_key_is_known_before_its_time_and_named_from_then_on() {
+    let (ds, dir) = (Ds::start().await, tempfile::tempdir().unwrap());
+    let began = Instant::now();
+    // Each key lives 14 s, and the next is in the directory 7 s before; a gateway asks every 10 s at most.
+    let issuer = issuer(dir.path(), &["--rotate", "14s"]).await;
+    let gateway = gateway(&ds, &issuer, "").await;
+    gateway.until_metric(HEARD, |n| n >= 1.0).await;
+    let (old_key, old_token) = (named(&gateway).await, token(&gateway, &issuer).await);
+    let mut heard = vec![];
+    let changed = loop {
+        let key = named(&gateway).await;
+        heard.push(gateway.metric(HEARD).await);
+        if key != old_key {
+            break began.elapsed();
+        }
+        assert!(began.elapsed() < Duration::from_secs(30), "{}", gateway.stderr());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    assert_eq!(heard.last(), Some(&2.0), "asked again by itself, and not for every request");
+    assert!(changed > Duration::from_secs(12), "{changed:?}");
+    assert_eq!(ask(&gateway.stranger(), &[&token(&gateway, &issuer).await]).await.status, 200);
+    assert_eq!(ask(&gateway.stranger(), &[&old_token]).await.status, 200);
+}
+
+#[tokio::test]
 async fn an_issuer_that_is_gone_is_remembered() {
     let (ds, dir) = (Ds::start().await, tempfile::tempdir().unwrap());
     let mut issuer = issuer(dir.path(), &[]).await;

@@ -344,6 +344,14 @@ async fn more_tokens_than_can_be_verified_in_time_are_refused_and_not_lost() {
             break;
         }
     }
+    // The 41st field of a thread's stat: SCHED_IDLE is 5.
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", gateway.pid())).unwrap();
+    let stats = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap());
+    let policies = stats.filter(|stat| stat.contains("(tokens-")).map(|stat| {
+        let after_name = stat.rsplit_once(") ").unwrap().1;
+        after_name.split(' ').nth(38).unwrap().to_owned()
+    });
+    assert_eq!(policies.collect::<Vec<_>>(), ["5"]);
     assert!(shed > 0 && left.is_empty(), "{shed} were shed, {} are left", left.len());
     assert_eq!(ds.complete(), 60, "each was taken once");
     assert_eq!(gateway.metric("moh_gateway_tokens_shed_total").await, shed as f64);

@@ -10,7 +10,7 @@ mod memory;
 use crate::limiter::fleet::{Fleet, Gone};
 use crate::problem::TokenProblem;
 use journal::Journal;
-use memory::{Memory, Print};
+use memory::{Memory, Print, Prints};
 use parking_lot::Mutex;
 use privacypass::Nonce;
 use prometheus::{IntCounter, IntGauge};
@@ -44,6 +44,20 @@ pub struct Spent {
     fleet: Option<(Arc<Fleet>, WithoutStore)>,
     keys: (u64, u64),
     held: IntGauge,
+}
+
+/// Room for the tokens of an epoch.
+#[derive(Debug)]
+pub struct Room(Prints);
+
+impl Room {
+    /// Room for so many. It takes milliseconds to make, once an epoch: to be made where nobody waits.
+    ///
+    /// # Errors
+    /// [`TokenProblem::StoreFull`]: there is no such memory.
+    pub fn new(capacity: usize) -> Result<Self, TokenProblem> {
+        Memory::room(capacity).map(Self)
+    }
 }
 
 /// A token in hand: no other request can use it. Kept, it is spent; dropped, it may be used again.
@@ -106,19 +120,14 @@ impl Spent {
         self.memory.lock().contains(print)
     }
 
-    /// Sees to it that there is room for tokens of `epoch`: milliseconds, once an epoch, that are better spent where nobody
-    /// waits.
-    ///
-    /// # Errors
-    /// [`TokenProblem::StoreFull`]: there is no such memory.
-    pub fn prepare(&self, epoch: u64) -> Result<(), TokenProblem> {
-        let lacks = self.memory.lock().lacks_room(epoch);
-        if let Some(capacity) = lacks {
-            let room = Memory::room(capacity)?;
-            let over = self.memory.lock().make_room(epoch, room);
-            drop(over);
-        }
-        Ok(())
+    /// How much room tokens of `epoch` need, where they have none yet.
+    pub fn lacks_room(&self, epoch: u64) -> Option<usize> {
+        self.memory.lock().lacks_room(epoch)
+    }
+
+    /// Gives tokens of `epoch` their room. The answer is what is not needed any more: to be dropped, too, where nobody waits.
+    pub fn make_room(&self, epoch: u64, room: Room) -> Vec<Room> {
+        self.memory.lock().make_room(epoch, room.0).into_iter().map(Room).collect()
     }
 
     /// Takes a token of `epoch` in hand on this node; `current` is the epoch now.
