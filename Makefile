@@ -5,7 +5,7 @@ CARGO ?= cargo
 NODE_MODULES := tests/interop/node_modules/.package-lock.json
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help setup setup-test build release demo test lint bench picture fuzz clean
+.PHONY: help setup setup-test build release demo test lint bench flood picture fuzz clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -45,6 +45,11 @@ test: setup-test lint ## Formatting, clippy, and all tests; MOH_VECTORS=DIR has 
 picture: setup ## docs/limits.svg: what a limit admits of a burst, a flood and at a window's edge, measured (15 s)
 	$(CARGO) build --locked --bin moh-gateway --example picture
 	target/debug/examples/picture --out docs/limits.svg
+
+flood: setup ## Whether a flood of bad tokens holds up requests without one, measured (2 min, and 8 for its build)
+	$(CARGO) build --locked --profile bench --bin moh-gateway --example flood
+	target/release/examples/flood --type 2 --rounds 9
+	target/release/examples/flood --type 1 --rounds 9
 
 bench: setup-test ## The benchmarks (criterion): target/criterion/report/index.html
 	$(CARGO) bench --locked

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::Method;
 use tempfile::TempDir;
 use tokio::process::Child;
 

@@ -4,7 +4,8 @@
 //! connections of a flood are opened before: what handshakes cost is another question.
 //!
 //! The gateway has one core, and what sends and answers has another: `make flood`.
-#![allow(unreachable_pub)]
+// Lengths are its own, and a panic is an end like others.
+#![allow(unreachable_pub, clippy::indexing_slicing)]
 
 #[path = "../../tests/support/mod.rs"]
 mod support;

@@ -130,16 +130,13 @@ async fn keep_on(issuer: Weak<Issuer>, grace: Duration, metrics: DirectoryMetric
     let mut pause = PAUSE.0;
     loop {
         let asked = match &client {
-            Ok(client) => ask(client, &directory.url, heard.take()).await,
-            Err(e) => Err((e.clone(), None)),
+            Ok(client) => ask(client, &directory.url, heard.as_ref()).await,
+            Err(e) => Err(e.clone()),
         };
         let Some(issuer) = issuer.upgrade() else { return };
-        let used = asked.and_then(|now| match keys_of(&issuer, &now.body) {
-            Ok(keys) => Ok((now, keys)),
-            Err(e) => Err((e, None)),
-        });
+        let used = asked.and_then(|now| Ok((keys_of(&issuer, &now.body)?, now)));
         let wait = match used {
-            Ok((now, keys)) => {
+            Ok((keys, now)) => {
                 let ids = issuer.key_ids();
                 issuer.replace(keys, vec![], unix_now(), grace);
                 if issuer.key_ids() != ids {
@@ -164,11 +161,10 @@ async fn keep_on(issuer: Weak<Issuer>, grace: Duration, metrics: DirectoryMetric
                 heard = Some(now);
                 wait
             }
-            Err((e, before)) => {
+            Err(e) => {
                 metrics.failed.inc();
                 let keys = issuer.key_ids().len();
                 tracing::warn!(issuer = issuer.name(), url = %directory.url, keys, "its directory: {e}; the keys stay");
-                heard = before;
                 (pause, pause = (pause * 2).min(PAUSE.1)).0
             }
         };
@@ -243,26 +239,21 @@ fn policy(request: &Request<()>, head: &mut Response<()>) -> (CachePolicy, bool)
 }
 
 /// Asks, whether it is still so where something was heard before.
-async fn ask(client: &reqwest::Client, url: &Url, heard: Option<Heard>) -> Result<Heard, (String, Option<Heard>)> {
-    let plain = Request::get(url.as_str()).header(header::ACCEPT, MEDIA_TYPE).body(());
-    let plain = plain.map_err(|e| (e.to_string(), None))?;
+async fn ask(client: &reqwest::Client, url: &Url, heard: Option<&Heard>) -> Result<Heard, String> {
+    let plain = Request::get(url.as_str()).header(header::ACCEPT, MEDIA_TYPE).body(()).map_err(|e| e.to_string())?;
     // It is asked before what was heard is stale, and asked for the difference all the same.
     let later = SystemTime::now() + 2 * FRESH.1;
-    let headers = match heard.as_ref().map(|heard| heard.policy.before_request(&plain, later)) {
+    let headers = match heard.map(|heard| heard.policy.before_request(&plain, later)) {
         Some(BeforeRequest::Stale { request, .. }) => request.headers,
         Some(BeforeRequest::Fresh(_)) | None => plain.headers().clone(),
     };
-    match fetch(client, url, headers).await {
-        Ok((mut head, body)) => {
-            let not_modified = head.status() == StatusCode::NOT_MODIFIED;
-            let (policy, says) = policy(&plain, &mut head);
-            let Some(before) = heard.filter(|_| not_modified) else { return Ok(Heard { policy, says, body }) };
-            let (AfterResponse::Modified(policy, _) | AfterResponse::NotModified(policy, _)) =
-                before.policy.after_response(&plain, &head, SystemTime::now());
-            Ok(Heard { policy, says: says || before.says, body: before.body })
-        }
-        Err(e) => Err((e, heard)),
-    }
+    let (mut head, body) = fetch(client, url, headers).await?;
+    let not_modified = head.status() == StatusCode::NOT_MODIFIED;
+    let (policy, says) = policy(&plain, &mut head);
+    let Some(before) = heard.filter(|_| not_modified) else { return Ok(Heard { policy, says, body }) };
+    let (AfterResponse::Modified(policy, _) | AfterResponse::NotModified(policy, _)) =
+        before.policy.after_response(&plain, &head, SystemTime::now());
+    Ok(Heard { policy, says: says || before.says, body: before.body.clone() })
 }
 
 /// An answer, bounded: a directory, or that it is what it was.

@@ -30,7 +30,6 @@ use crate::limiter::fleet::Fleet;
 use crate::problem::TokenProblem;
 use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderValue};
-use privacypass::TokenType;
 use prometheus::{Histogram, IntCounter, IntGauge};
 use refused::Refused;
 use std::path::PathBuf;
@@ -104,15 +103,6 @@ impl Metrics {
             ok: self.directories.with_label_values(&[issuer.name(), "ok"]),
             failed: self.directories.with_label_values(&[issuer.name(), "failed"]),
             heard: self.heard.with_label_values(&[issuer.name()]),
-        }
-    }
-
-    fn redeemed(&self, kind: TokenType) -> &IntCounter {
-        let [p384, blind_rsa, ristretto255] = &self.redeemed;
-        match kind {
-            TokenType::PrivateP384 => p384,
-            TokenType::Public => blind_rsa,
-            TokenType::PrivateRistretto255 => ristretto255,
         }
     }
 }
@@ -304,7 +294,7 @@ impl Origin {
             self.refused.insert(&elsewhere);
         }
         drop(timer);
-        Ok(reservation?.counted_by(self.metrics.redeemed(kind)))
+        Ok(reservation?.counted_by(token::of_type(&self.metrics.redeemed, kind)))
     }
 }
 

@@ -2,6 +2,7 @@
 //! that dear tokens hold up nobody who brings none: a niceness of 10 made others wait for milliseconds. What waits is bounded
 //! by the time it will take, and more is refused at once.
 
+use super::token::of_type;
 use crossbeam_channel::{Receiver, Sender};
 use privacypass::TokenType;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -42,18 +43,9 @@ struct Load {
 }
 
 impl Load {
-    fn cost(&self, kind: TokenType) -> &AtomicU64 {
-        let [p384, blind_rsa, ristretto255] = &self.cost;
-        match kind {
-            TokenType::PrivateP384 => p384,
-            TokenType::Public => blind_rsa,
-            TokenType::PrivateRistretto255 => ristretto255,
-        }
-    }
-
     fn took(&self, kind: TokenType, took: Duration) {
         let took = u64::try_from(took.as_nanos()).unwrap_or(LONGEST).min(LONGEST);
-        let cost = self.cost(kind);
+        let cost = of_type(&self.cost, kind);
         let before = cost.load(Ordering::Relaxed);
         // One that is lost among many is no matter.
         cost.store((before * 15 + took) / 16, Ordering::Relaxed);
@@ -107,7 +99,7 @@ impl Pool {
         kind: TokenType,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Busy> {
-        let cost = self.load.cost(kind).load(Ordering::Relaxed);
+        let cost = of_type(&self.load.cost, kind).load(Ordering::Relaxed);
         let before = self.load.waiting.fetch_add(cost, Ordering::Relaxed);
         let share = Share(self.load.clone(), cost);
         if before > self.bound {
@@ -140,7 +132,7 @@ mod tests {
     #[tokio::test]
     async fn what_would_wait_too_long_is_refused_at_once() {
         let pool = Arc::new(Pool::start(1, Duration::from_millis(1)).unwrap());
-        pool.load.cost(KIND).store(400_000, Ordering::Relaxed);
+        of_type(&pool.load.cost, KIND).store(400_000, Ordering::Relaxed);
         let (go, held) = mpsc::channel::<()>();
         let own = pool.clone();
         let first = tokio::spawn(async move { own.run(KIND, move || held.recv()).await });

@@ -27,6 +27,15 @@ const MOST: usize = INPUT_LEN + 256;
 /// issued in batches are tokens like others.
 pub const TYPES: [TokenType; 3] = [TokenType::PrivateP384, TokenType::Public, TokenType::PrivateRistretto255];
 
+/// Of three things, in the order of [`TYPES`], the one of a type.
+pub(super) fn of_type<T>([p384, blind_rsa, ristretto255]: &[T; 3], kind: TokenType) -> &T {
+    match kind {
+        TokenType::PrivateP384 => p384,
+        TokenType::Public => blind_rsa,
+        TokenType::PrivateRistretto255 => ristretto255,
+    }
+}
+
 /// A token that could be read.
 #[derive(Debug, Clone)]
 pub struct Token {

@@ -4,12 +4,10 @@
 //! They need node 18 or newer and that library. Without them nothing is tested here, so that is a failure and not a
 //! pass.
 
-use crate::harness::{Gateway, Setup, binary, ca, private_message};
-use crate::support::client::{Client, Response};
+use crate::harness::{Gateway, Setup, binary, ca};
 use crate::support::ds::Ds;
-use crate::support::encode;
 use crate::support::issuing::{self, Issuer, NAME};
-use http::Method;
+use crate::tokens::{REQUIRED, ask, outcome, request};
 use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -23,23 +21,6 @@ const SCRIPTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/interop");
 
 /// Blind RSA, VOPRF(P-384): those of three types that the library knows in the form of RFC 9578.
 const TYPES: [u16; 2] = [2, 1];
-
-const REQUIRED: &str = "[endpoints.connection_request]\ntoken = \"required\"\n[privacy_pass]\n";
-
-fn request() -> Vec<u8> {
-    encode::queueing_request("a.example", "b.example", b"bob's queue", &private_message(b"g"))
-}
-
-async fn ask(client: &Client, credentials: &[&str]) -> Response {
-    let headers: Vec<_> = credentials.iter().map(|value| ("authorization", *value)).collect();
-    client.send_with(Method::POST, "/connection_request", &headers, request()).await.unwrap()
-}
-
-/// Status, and the last part of a problem's type.
-fn outcome(response: &Response) -> (u16, String) {
-    let of = response.json()["type"].as_str().unwrap_or_default().rsplit(':').next().unwrap_or_default().to_owned();
-    (response.status.as_u16(), of)
-}
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -58,7 +39,7 @@ async fn gateway(ds: &Ds, issuers: &[(u16, String)]) -> Gateway {
     for (kind, keys) in issuers {
         writeln!(tables, "[[privacy_pass.issuer]]\nname = \"{NAME}\"\ntoken_type = {kind}\n{keys}").unwrap();
     }
-    Gateway::start(Setup::of(ds).with(REQUIRED).with(&tables)).await
+    Gateway::start(Setup::of(ds).with(REQUIRED).with("[privacy_pass]").with(&tables)).await
 }
 
 fn key_file(path: &Path) -> String {
