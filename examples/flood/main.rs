@@ -97,7 +97,7 @@ struct Arguments {
     #[arg(long, default_value_t = 1000)]
     rate: u32,
     /// Requests of the flood, in a second
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 2000)]
     flood: u32,
     /// Seconds of each measurement
     #[arg(long, default_value_t = 4)]
