@@ -190,7 +190,16 @@ fn counter() -> IntCounter {
 
 /// A check that costs `cost`, for its key to be put in.
 fn asking(gcra: Gcra, cost: u32) -> Check {
-    Check { key: Key(0), gcra, cost, enforce: true, on_failure: OnFailure::Local, overflow: Key(1), top_up: None }
+    Check {
+        key: Key(0),
+        gcra,
+        cost,
+        enforce: true,
+        exempt: false,
+        on_failure: OnFailure::Local,
+        overflow: Key(1),
+        top_up: None,
+    }
 }
 
 fn gcra() -> Gcra {

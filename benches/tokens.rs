@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use criterion::{BatchSize, BenchmarkGroup, Criterion, Throughput, criterion_group, measurement::WallTime};
 use http::{HeaderMap, HeaderValue, header};
 use moh_gateway::privacypass::{
-    BoundTo, Challenges, Issuer, Key, Origin, Purpose, Room, Settings, Spent, SpentIn, Token, credential, unix_now,
+    BoundTo, Challenges, Issuer, Key, Origin, Purpose, Settings, Spent, SpentIn, Token, credential, unix_now,
 };
 use moh_gateway::telemetry::Metrics;
 use p384::NistP384;
@@ -158,7 +158,7 @@ fn redeem(c: &mut Criterion) {
             b.iter(|| {
                 let token = Token::read(credential(black_box(&one)).unwrap().unwrap()).unwrap();
                 let known = of.recognise(&token, &purpose(), unix_now()).unwrap();
-                assert!(!spent.contains(token.nonce()) && known.key.verifies(&token));
+                assert!(spent.problem(token.nonce()).is_none() && known.key.verifies(&token));
                 // The reservation is dropped, so that the same token can be taken again.
                 Spent::reserve(&spent, *token.nonce(), known.epoch, known.current).unwrap()
             });
@@ -248,7 +248,9 @@ fn per_million() {
     let before = resident();
     let gauge = || IntGauge::new("s", "s").unwrap();
     let spent = Arc::new(Spent::new(tokens as usize, (1, 2), gauge()));
-    spent.make_room(1, Room::new(tokens as usize).unwrap());
+    // The epochs that are accepted, and the next.
+    let (epoch, then) = (Duration::from_secs(60), Duration::from_secs(61));
+    spent.make_room(epoch, then);
     let empty = resident() - before;
     let began = Instant::now();
     for n in 0..tokens {
@@ -263,8 +265,10 @@ fn per_million() {
     );
 
     let dir = tempfile::tempdir().unwrap();
-    let files = Arc::new(Spent::new(tokens as usize, (1, 2), gauge()).with_files(dir.path(), [0; 16], 1).unwrap());
-    files.make_room(1, Room::new(tokens as usize).unwrap());
+    let files = Arc::new(
+        Spent::new(tokens as usize, (1, 2), gauge()).with_files(dir.path(), [0; 16], 1, Duration::ZERO).unwrap(),
+    );
+    files.make_room(epoch, then);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let began = Instant::now();
     runtime.block_on(async {
@@ -277,9 +281,10 @@ fn per_million() {
     let octets: u64 = std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
     drop(files);
     let began = Instant::now();
-    let again = Spent::new(tokens as usize, (1, 2), gauge()).with_files(dir.path(), [0; 16], 1).unwrap();
+    let again =
+        Spent::new(tokens as usize, (1, 2), gauge()).with_files(dir.path(), [0; 16], 1, Duration::ZERO).unwrap();
     let took = began.elapsed();
-    assert!(again.contains(&nonce(0)) && !again.contains(&nonce(tokens)));
+    assert!(again.problem(&nonce(0)).is_some() && again.problem(&nonce(tokens)).is_none());
     println!("  files: {:.1}, {each:.0} ns each, one after another; read again in {took:.0?}", million(octets));
 }
 

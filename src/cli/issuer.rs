@@ -32,6 +32,9 @@ pub(super) struct Issuer {
     /// A new key for each type so often, announced half of the time before: "1d" [default: never]
     #[arg(long, value_name = "DURATION", value_parser = rotation)]
     rotate: Option<Duration>,
+    /// A key that issues no more stays in the files that gateways read for so long: two of their epochs
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "2h")]
+    keep: Duration,
     /// Its certificate chain, PEM [default: one by an authority of its own, in DIR/ca.pem]
     #[arg(long, value_name = "FILE", requires = "key")]
     cert: Option<PathBuf>,
@@ -58,7 +61,7 @@ impl Issuer {
     }
 
     fn serve(&self) -> Result<(), Box<dyn Error>> {
-        let issuer = issuer::Issuer::open(&self.dir, self.rotate, unix_now().as_secs())?;
+        let issuer = issuer::Issuer::open(&self.dir, self.rotate, self.keep, unix_now().as_secs())?;
         let (chain, key) = match (&self.cert, &self.key) {
             (Some(chain), Some(key)) => (read(chain)?, read(key)?),
             _ => self.own_certificate()?,

@@ -87,12 +87,21 @@ impl Token {
     async fn get(&self) -> Result<Vec<u8>, Failed> {
         let challenge = self.challenge().await?;
         let age = challenge.max_age().map_or_else(String::new, |age| format!(", good for {age} s"));
+        // What a stranger has written is shown as it is, and not to be acted upon by a terminal.
         eprintln!(
-            "challenged by {} for a token of type {} by {}{age}",
+            "challenged by {:?} for a token of type {} by {:?}{age}",
             challenge.origins().join(", "),
             challenge.kind() as u16,
             challenge.issuer_name()
         );
+        let host = self.url.host_str().unwrap_or_default();
+        if !challenge.is_for(host) {
+            return Err(format!(
+                "{}: the challenge is for {:?}, not for {host}",
+                self.url,
+                challenge.origins().join(", ")
+            ));
+        }
         let base = match &self.issuer {
             Some(url) => url.clone(),
             None => https(&format!("https://{}", challenge.issuer_name()))
@@ -188,7 +197,7 @@ async fn body(answer: reqwest::Result<Response>, url: &Url, media_type: &str) ->
         }
     }
     if !answer.status().is_success() {
-        return Err(format!("{url}: {}: {}", answer.status(), String::from_utf8_lossy(&octets).trim()));
+        return Err(format!("{url}: {}: {:?}", answer.status(), String::from_utf8_lossy(&octets).trim()));
     }
     let of = answer.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     if !of.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(media_type) {

@@ -64,6 +64,8 @@ pub struct RequestContext {
 
 impl Drop for RequestContext {
     fn drop(&mut self) {
+        // Given back before it is not under way any more: the process may end then.
+        self.token = None;
         self.shared.metrics.in_flight.dec();
         if !self.accounted {
             // Dropped on the way: the client went away, or the request outlived its deadline.

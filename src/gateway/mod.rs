@@ -206,9 +206,11 @@ impl Gateway {
         let (decision, mut tally) = admission.decide(subject, false, !required).await;
         let admitted = match decision {
             Verdict::Pass { .. } if !required => Ok(()),
-            Verdict::Pass { .. } => self.with_token(session, ctx, subject, required, vec![], &mut tally).await,
+            Verdict::Pass { .. } => {
+                self.with_token(session, ctx, subject, admission, required, vec![], &mut tally).await
+            }
             Verdict::Refuse { violated, token_helps: true } => {
-                self.with_token(session, ctx, subject, required, violated, &mut tally).await
+                self.with_token(session, ctx, subject, admission, required, violated, &mut tally).await
             }
             other => passes(other).map(drop),
         };
@@ -221,23 +223,30 @@ impl Gateway {
 
     /// Asks again, with the token that is `required`, or that helps with limits that are `exceeded`. The tally is then of the
     /// last question.
+    #[expect(clippy::too_many_arguments, reason = "what the first question was about, and what it came to")]
     async fn with_token(
         &self,
         session: &Session,
         ctx: &mut RequestContext,
         subject: &Subject<'_>,
+        admission: &Admission,
         required: bool,
         exceeded: Vec<Violated>,
         tally: &mut Tally,
     ) -> std::result::Result<(), Refusal> {
-        let admission = &self.0.admission.load_full();
         let headers = &session.req_header().headers;
         let origin = self.0.privacy_pass.as_ref().ok_or(Refusal::Internal)?;
         let purpose = admission.policy().purpose(subject.operation, subject.ip, &exceeded, required);
         // To verify a token is dear, and one that fails is charged to no limit: who brings many has a limit for that. Nor is
         // one verified that would not help.
         if privacypass::has_credential(headers) {
-            admission.token_attempt(subject.ip, false).map_err(|violated| limited(vec![violated]))?;
+            if let Err(violated) = admission.token_attempt(subject.ip, false) {
+                if exceeded.is_empty() {
+                    // Limits would have let it pass, and were charged nothing.
+                    *tally = Tally::default();
+                }
+                return Err(limited(vec![violated]));
+            }
             if !exceeded.is_empty() {
                 let (decision, with_one) = admission.decide(subject, true, false).await;
                 if let Err(refusal) = passes(decision) {
@@ -257,7 +266,6 @@ impl Gateway {
                     let _ = admission.token_attempt(subject.ip, true);
                 }
                 if exceeded.is_empty() {
-                    // Limits would have let it pass, and were charged nothing.
                     *tally = Tally::default();
                 }
                 let challenge = origin.challenge(&purpose);

@@ -79,6 +79,9 @@ fn drain(mut phases: tokio::sync::broadcast::Receiver<ExecutionPhase>, shared: &
     while shared.metrics.connections.get() > 0 || shared.metrics.in_flight.get() > 0 {
         std::thread::sleep(Duration::from_millis(10));
     }
+    if let Some(origin) = &shared.privacy_pass {
+        origin.settle();
+    }
     shared.access_log.close();
     std::process::exit(0);
 }

@@ -2,7 +2,8 @@
 //! knows no Attester, so it is none for production: what keeps strangers from having as many tokens as they like is not here.
 //!
 //! Keys of a type follow one another. The next is in the directory before its time (`not-before`), and the previous one
-//! goes on issuing for a while after it, so that whoever was challenged before a rotation gets a token all the same.
+//! goes on issuing for a while after it, so that whoever was challenged before a rotation gets a token all the same; in the
+//! files that gateways read it stays for as long as these may take its tokens.
 
 mod keys;
 mod server;
@@ -10,11 +11,11 @@ mod server;
 pub use keys::{IssueError, KeyMaking, LONGEST_REQUEST};
 pub use server::{Serve, ServeError, serve};
 
-use crate::privacypass::{MEDIA_TYPE, TYPES};
+use crate::privacypass::{MEDIA_TYPE, MOST_KEYS, TYPES};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE;
 use keys::{Kept, Pair};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use privacypass::TokenType;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -63,6 +64,10 @@ pub struct Issuer {
     dir: PathBuf,
     /// A key is used for so long. None: for ever.
     rotate: Option<Duration>,
+    /// A key that issues no more stays in the gateways' files for so long.
+    keep: Duration,
+    /// Held while keys are made; what the files have.
+    written: Mutex<Vec<(PathBuf, String)>>,
     /// Of all types, those of later times first.
     pairs: RwLock<Arc<Vec<Pair>>>,
 }
@@ -77,11 +82,12 @@ pub struct Directory {
 }
 
 impl Issuer {
-    /// An issuer with its keys in `dir`, which are made where there are none. Times are in seconds since the Unix epoch.
+    /// An issuer with its keys in `dir`, which are made where there are none. One that another has followed stays in the
+    /// gateways' files for `keep`. Times are in seconds since the Unix epoch.
     ///
     /// # Errors
     /// What cannot be read, written or made.
-    pub fn open(dir: &Path, rotate: Option<Duration>, now: u64) -> Result<Self, StateError> {
+    pub fn open(dir: &Path, rotate: Option<Duration>, keep: Duration, now: u64) -> Result<Self, StateError> {
         std::fs::create_dir_all(dir).map_err(at(dir))?;
         let file = dir.join(KEYS);
         let pairs = match std::fs::read(&file) {
@@ -93,7 +99,8 @@ impl Issuer {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => vec![],
             Err(e) => return Err(at(&file)(e)),
         };
-        let issuer = Self { dir: dir.into(), rotate, pairs: RwLock::new(Arc::new(pairs)) };
+        let (pairs, written) = (RwLock::new(Arc::new(pairs)), Mutex::default());
+        let issuer = Self { dir: dir.into(), rotate, keep, written, pairs };
         issuer.advance(now, false)?;
         Ok(issuer)
     }
@@ -102,18 +109,17 @@ impl Issuer {
     /// used from now on. Whether anything has changed.
     ///
     /// # Errors
-    /// A key cannot be made, or the files cannot be written; then nothing has changed.
+    /// A key cannot be made, or the files cannot be written; then it is tried again the next time.
     pub fn advance(&self, now: u64, at_once: bool) -> Result<bool, StateError> {
+        // One at a time: two would make different keys for the same time. What only looks need not wait.
+        let guard = if at_once { Some(self.written.lock()) } else { self.written.try_lock() };
+        let Some(mut written) = guard else { return Ok(false) };
         let mut pairs: Vec<Pair> = self.pairs.read().to_vec();
-        let before = pairs.len();
-        let mut changed = at_once;
         // Each is put before the others: in the order of their numbers, at last.
         for kind in TYPES.into_iter().rev() {
-            let of = |pairs: &[Pair]| pairs.iter().filter(|p| p.public.kind() == kind).map(|p| p.from).max();
-            let newest = of(&pairs);
-            if newest.is_none() {
+            let newest = |pairs: &[Pair]| pairs.iter().filter(|p| p.public.kind() == kind).map(|p| p.from).max();
+            if newest(&pairs).is_none() {
                 Self::make(&mut pairs, kind, now)?;
-                changed = true;
             }
             if at_once {
                 match pairs.iter_mut().find(|pair| pair.public.kind() == kind && pair.from > now) {
@@ -121,36 +127,48 @@ impl Issuer {
                     None => Self::make(&mut pairs, kind, now)?,
                 }
             }
-            if let (Some(rotate), Some(newest)) = (self.rotate, of(&pairs))
-                && newest + self.overlap(rotate) <= now
+            if let (Some(rotate), Some(newest)) = (self.rotate, newest(&pairs))
+                && newest + self.overlap() <= now
             {
-                Self::make(&mut pairs, kind, (newest + rotate.as_secs()).max(now + self.overlap(rotate)))?;
-                changed = true;
+                Self::make(&mut pairs, kind, (newest + rotate.as_secs()).max(now + self.overlap()))?;
             }
         }
         pairs.sort_by_key(|pair| std::cmp::Reverse(pair.from));
-        // One that another has followed goes on for a while.
-        let overlap = self.overlap(self.rotate.unwrap_or(Duration::from_secs(3600)));
+        let gone = self.overlap() + self.keep.as_secs();
+        pairs = self.without_followed(pairs, now, gone);
+        let files = self.files(&pairs, now);
+        if *written == files {
+            return Ok(false);
+        }
+        files.iter().try_for_each(|(path, text)| write_private(path, text))?;
+        *written = files;
+        *self.pairs.write() = Arc::new(pairs);
+        Ok(true)
+    }
+
+    /// Those that none of their type has followed for so long.
+    fn without_followed(&self, mut pairs: Vec<Pair>, now: u64, for_seconds: u64) -> Vec<Pair> {
         let mut followed: Vec<TokenType> = vec![];
         pairs.retain(|pair| {
             let kind = pair.public.kind();
             let over = followed.contains(&kind);
-            if pair.from + overlap <= now {
+            if pair.from + for_seconds <= now {
                 followed.push(kind);
             }
             !over
         });
-        changed |= pairs.len() != before;
-        if changed {
-            self.write(&pairs, now)?;
-            *self.pairs.write() = Arc::new(pairs);
-        }
-        Ok(changed)
+        pairs
+    }
+
+    /// Those that issue, or will.
+    fn issuing(&self, now: u64) -> Vec<Pair> {
+        let pairs = self.pairs.read().to_vec();
+        self.without_followed(pairs, now, self.overlap())
     }
 
     /// A next key is known for so long before its time, and a previous one used for so long after.
-    fn overlap(&self, rotate: Duration) -> u64 {
-        (rotate.as_secs() / 2).max(1)
+    fn overlap(&self) -> u64 {
+        (self.rotate.unwrap_or(Duration::from_secs(3600)).as_secs() / 2).max(1)
     }
 
     /// One octet of its ID says which key a request is for: it differs from others' of its type.
@@ -166,19 +184,21 @@ impl Issuer {
         }
     }
 
-    /// The private keys; and for each type what a gateway's `key_file` is: the key that is used now first.
-    fn write(&self, pairs: &[Pair], now: u64) -> Result<(), StateError> {
+    /// The private keys; and for each type what a gateway's `key_file` is: the key that is used now first, then the next, then
+    /// those before.
+    fn files(&self, pairs: &[Pair], now: u64) -> Vec<(PathBuf, String)> {
         let kept: Vec<Kept> = pairs.iter().map(Pair::keep).collect();
-        let text = serde_json::to_string_pretty(&kept).unwrap_or_default();
-        write_private(&self.dir.join(KEYS), &text)?;
-        for kind in TYPES {
+        let private = (self.dir.join(KEYS), serde_json::to_string_pretty(&kept).unwrap_or_default());
+        let of_gateways = TYPES.map(|kind| {
             let of_kind: Vec<_> = pairs.iter().filter(|pair| pair.public.kind() == kind).collect();
             let (to_come, come): (Vec<_>, Vec<_>) = of_kind.into_iter().partition(|pair| pair.from > now);
             let (now, before) = come.split_at_checked(1).unwrap_or_default();
-            let lines: Vec<_> = [now, &to_come, before].concat().iter().map(|pair| pair.key_file()).collect();
-            write_private(&self.key_file(kind), &(lines.join("\n") + "\n"))?;
-        }
-        Ok(())
+            // A gateway takes so many of an issuer.
+            let keys = [now, &to_come, before].concat().into_iter().take(MOST_KEYS);
+            let lines: Vec<_> = keys.map(Pair::key_file).collect();
+            (self.key_file(kind), lines.join("\n") + "\n")
+        });
+        [private].into_iter().chain(of_gateways).collect()
     }
 
     /// What a gateway's `key_file` names: of the VOPRF types it holds private keys.
@@ -189,7 +209,7 @@ impl Issuer {
 
     /// The directory (RFC 9578 §4): preferred keys first. A client takes the first whose time has come.
     pub fn directory(&self, now: u64) -> Directory {
-        let pairs = self.pairs.read().clone();
+        let pairs = self.issuing(now);
         let keys: Vec<_> = pairs
             .iter()
             .map(|pair| {
@@ -213,7 +233,7 @@ impl Issuer {
     /// Why it does not.
     pub async fn issue(&self, request: &[u8], now: u64) -> Result<Vec<u8>, IssueError> {
         let (kind, id) = keys::asked_for(request)?;
-        let pairs = self.pairs.read().clone();
+        let pairs = self.issuing(now);
         let mut used = pairs.iter().filter(|pair| pair.public.kind() == kind && pair.from <= now);
         used.find(|pair| pair.truncated_id() == id).ok_or(IssueError::NoKey)?.issue(request).await
     }
@@ -257,27 +277,36 @@ mod tests {
     #[test]
     fn keys_follow_one_another() {
         let dir = tempfile::tempdir().unwrap();
-        let open = |now| Issuer::open(dir.path(), Some(Duration::from_secs(100)), now).unwrap();
+        let open =
+            |now| Issuer::open(dir.path(), Some(Duration::from_secs(100)), Duration::from_secs(200), now).unwrap();
         let issuer = open(1000);
         assert_eq!(types_from(&issuer, 1000), [(1, 1000), (2, 1000), (5, 1000)]);
         assert!(!issuer.advance(1049, false).unwrap());
         assert!(issuer.advance(1050, false).unwrap(), "the next are known half of their time before");
         assert_eq!(types_from(&issuer, 1050), [(1, 1100), (2, 1100), (5, 1100), (1, 1000), (2, 1000), (5, 1000)]);
         assert_eq!((issuer.directory(1000).fresh, issuer.directory(1090).fresh), (25, 10));
+        let in_file =
+            |issuer: &Issuer, kind| Key::read_all(kind, &std::fs::read(issuer.key_file(kind)).unwrap()).unwrap();
         for kind in TYPES {
-            let keys = |now| {
-                issuer.advance(now, false).unwrap();
-                Key::read_all(kind, &std::fs::read(issuer.key_file(kind)).unwrap()).unwrap()
-            };
-            assert_eq!(keys(1050).len(), 2, "{kind:?}");
+            assert_eq!(in_file(&issuer, kind).len(), 2, "{kind:?}");
         }
         let first = issuer.directory(1050).document;
         drop(issuer);
         let again = open(1051);
         assert_eq!(again.directory(1050).document, first, "they outlive the process");
-        assert!(!again.advance(1149, false).unwrap());
+        let first = TYPES.map(|kind| *in_file(&again, kind)[0].id());
+        let first_ids = first;
+        assert!(!again.advance(1099, false).unwrap());
+        assert!(again.advance(1100, false).unwrap(), "the files name the next first, once its time has come");
+        for (kind, first) in TYPES.into_iter().zip(first) {
+            let ids: Vec<_> = in_file(&again, kind).iter().map(|key| *key.id()).collect();
+            assert!(ids[0] != first && ids[1] == first, "{kind:?}");
+        }
         again.advance(1150, false).unwrap();
-        assert!(types_from(&again, 1150).iter().all(|(_, from)| *from >= 1100), "the previous ones are over");
+        assert!(types_from(&again, 1150).iter().all(|(_, from)| *from >= 1100), "the previous ones issue no more");
+        for (kind, first) in TYPES.into_iter().zip(first) {
+            assert!(in_file(&again, kind).iter().any(|key| *key.id() == first), "and their tokens are taken");
+        }
         let before = again.directory(1160).document;
         for _ in 0..2 {
             again.advance(1160, true).unwrap();
@@ -289,7 +318,9 @@ mod tests {
             document["token-keys"][0]["token-key"].clone()
         };
         assert_ne!(first(&again.directory(1160).document), first(&before), "and named first");
+        drop(again);
         let late = open(5000);
+        assert!(TYPES.iter().all(|kind| !in_file(&late, *kind).iter().any(|key| first_ids.contains(key.id()))));
         assert!(types_from(&late, 5000).iter().any(|(_, from)| *from <= 5000), "there is always one to use");
         use std::os::unix::fs::PermissionsExt as _;
         let mode = std::fs::metadata(dir.path().join(KEYS)).unwrap().permissions().mode();

@@ -23,7 +23,16 @@ fn key(n: u64) -> Key {
 
 fn check(n: u64, burst: u32) -> Check {
     let gcra = Gcra::new(1, Duration::from_secs(1), burst).unwrap();
-    Check { key: key(n), gcra, cost: 1, enforce: true, on_failure: Default::default(), overflow: Key(0), top_up: None }
+    Check {
+        key: key(n),
+        gcra,
+        cost: 1,
+        enforce: true,
+        exempt: false,
+        on_failure: Default::default(),
+        overflow: Key(0),
+        top_up: None,
+    }
 }
 
 fn ask<L: Locks>(store: &Memory<L>, now: u64, checks: &[Check]) -> (bool, Vec<Outcome>) {

@@ -79,6 +79,8 @@ pub struct Check {
     pub cost: u32,
     /// Whether a refusal refuses the request; a shadow's does not.
     pub enforce: bool,
+    /// A token lets the request past it: it does not refuse, and still what it says must be known.
+    pub exempt: bool,
     /// What holds without the store.
     pub on_failure: OnFailure,
     /// Which overflow bucket stands in when the store has no room for the key: one a limit.
@@ -198,7 +200,7 @@ impl Limiter {
             None => (self.memory.decide(self.clock.at(at), ask, outcomes), Decided::ByStore),
             Some(fleet) => match fleet.decide(at, ask, outcomes).await {
                 Ok(pass) => (pass, Decided::ByStore),
-                Err(fleet::Gone) => (self.decide_without_store(at, ask, outcomes), Decided::WithoutStore),
+                Err(fleet::Gone { .. }) => (self.decide_without_store(at, ask, outcomes), Decided::WithoutStore),
             },
         }
     }
@@ -263,6 +265,7 @@ mod tests {
             gcra,
             cost: 1,
             enforce: true,
+            exempt: false,
             on_failure,
             overflow: Key(0),
             top_up: None,

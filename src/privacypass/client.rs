@@ -65,6 +65,9 @@ impl Challenge {
         let parsed = TokenChallenge::deserialize(&octets).ok()?;
         // Octets after its end would not be of the digest that a token is made for.
         let whole = parsed.serialize().is_ok_and(|again| again == octets);
+        // A redemption context has 32 octets or none (RFC 9577 §2.1.1); it is what follows the issuer's name.
+        let context = 4 + parsed.issuer_name().len();
+        let whole = whole && octets.get(context).is_some_and(|len| matches!(len, 0 | 32));
         let max_age = get("max-age").and_then(|text| text.parse().ok());
         whole.then_some(Self { parsed, token_key: BASE64URL.decode(get("token-key")?).ok()?, max_age })
     }
@@ -82,6 +85,13 @@ impl Challenge {
     /// `origin_info`.
     pub fn origins(&self) -> Vec<String> {
         self.parsed.origin_info()
+    }
+
+    /// Whether it is for this origin, or for any (RFC 9577 §2.1.3): a token for another must not be fetched, or an origin
+    /// could have its clients pay elsewhere.
+    pub fn is_for(&self, origin: &str) -> bool {
+        let origins = self.origins();
+        origins.iter().all(String::is_empty) || origins.iter().any(|of| of.eq_ignore_ascii_case(origin))
     }
 
     /// `token-key`: the key to have a token made with.
@@ -171,4 +181,45 @@ fn finish_private<CS: PrivateCipherSuite>(
 /// The value of `Authorization` that redeems a token (RFC 9577 §2.2).
 pub fn authorization(token: &[u8]) -> String {
     format!("PrivateToken token=\"{}\"", BASE64URL.encode(token))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+
+    #[test]
+    fn challenges_are_read_or_left_out() {
+        let octets = |context: &[u8], origin: &str, more: &[u8]| {
+            let vector = |octets: &[u8]| [&(octets.len() as u16).to_be_bytes(), octets].concat();
+            [&[0, 5], &*vector(b"issuer.example"), &[context.len() as u8], context, &vector(origin.as_bytes()), more]
+                .concat()
+        };
+        let read = |octets: &[u8]| {
+            let text = BASE64URL.encode(octets);
+            let field = format!(
+                "Basic realm=\"x, y\", PrivateToken challenge=\"{text}\", token-key=\"AAEC\", max-age=7, Bearer"
+            );
+            let fields = [(header::WWW_AUTHENTICATE, HeaderValue::try_from(field).unwrap())];
+            challenges(&fields.into_iter().collect())
+        };
+        let of = read(&octets(&[7; 32], "ds.b.example,b.example", b""));
+        assert_eq!((of.len(), of[0].issuer_name(), of[0].max_age()), (1, "issuer.example".to_owned(), Some(7)));
+        assert!(of[0].is_for("DS.b.example") && of[0].is_for("b.example") && !of[0].is_for("ds.c.example"));
+        let any = read(&octets(b"", "", b""));
+        assert!(any[0].is_for("ds.c.example"));
+        for bad in
+            [octets(&[7; 31], "", b""), octets(&[7; 33], "", b""), octets(b"", "", b"x"), vec![], vec![0, 9, 0, 0]]
+        {
+            assert!(read(&bad).is_empty(), "{bad:?}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_comes_is_read_or_left_out(field in "(PrivateToken|x|,| |=|\"|challenge|token-key|[A-Za-z0-9_=-]{0,20}){0,30}") {
+            let fields = [(header::WWW_AUTHENTICATE, HeaderValue::try_from(field).unwrap())];
+            let _ = challenges(&fields.into_iter().collect());
+        }
+    }
 }

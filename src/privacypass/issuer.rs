@@ -5,6 +5,7 @@ use super::key::Key;
 use arc_swap::ArcSwap;
 use privacypass::TokenType;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
 
@@ -13,6 +14,9 @@ const LEEWAY: Duration = Duration::from_secs(60);
 
 /// As many keys are trusted at most that an issuer's directory has no more.
 const MOST_GONE: usize = 64;
+
+/// Seconds between two times that a token of a key which is not known has a directory asked.
+const SOON: u64 = 60;
 
 /// An issuer, for tokens of one type.
 #[derive(Debug)]
@@ -23,6 +27,8 @@ pub struct Issuer {
     keys: ArcSwap<Vec<Trusted>>,
     /// Told when its directory is to be asked at once.
     ask: Notify,
+    /// When a stranger last had it asked, in seconds.
+    asked_soon: AtomicU64,
 }
 
 /// A key, and when it is trusted; times since the Unix epoch.
@@ -40,12 +46,26 @@ impl Issuer {
     pub fn of_keys(name: String, kind: TokenType, keys: Vec<Key>) -> Self {
         let trust = |key| Trusted { key: Arc::new(key), from: Duration::ZERO, until: None };
         let keys = keys.into_iter().filter(|key| key.kind() == kind).map(trust).collect();
-        Self { name, kind, directory: None, keys: ArcSwap::from_pointee(keys), ask: Notify::new() }
+        Self {
+            name,
+            kind,
+            directory: None,
+            keys: ArcSwap::from_pointee(keys),
+            ask: Notify::new(),
+            asked_soon: AtomicU64::new(0),
+        }
     }
 
     /// An issuer whose keys its directory tells.
     pub fn of_directory(name: String, kind: TokenType, directory: Directory) -> Self {
-        Self { name, kind, directory: Some(directory), keys: ArcSwap::default(), ask: Notify::new() }
+        Self {
+            name,
+            kind,
+            directory: Some(directory),
+            keys: ArcSwap::default(),
+            ask: Notify::new(),
+            asked_soon: AtomicU64::new(0),
+        }
     }
 
     /// `issuer_name` of the challenge.
@@ -66,6 +86,18 @@ impl Issuer {
     /// Has its directory asked at once.
     pub fn ask_now(&self) {
         self.ask.notify_one();
+    }
+
+    /// Has its directory asked, if it was not for a while: somebody knows a key that we do not.
+    pub fn ask_soon(&self, now: Duration) {
+        let (now, before) = (now.as_secs(), self.asked_soon.load(Ordering::Relaxed));
+        let again = before.saturating_add(SOON);
+        if self.directory.is_some()
+            && now >= again
+            && self.asked_soon.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        {
+            self.ask.notify_one();
+        }
     }
 
     /// Waits until its directory is to be asked at once.

@@ -23,7 +23,7 @@ pub use directory::{Directory, MEDIA_TYPE};
 pub use issuer::Issuer;
 pub use key::{Key, KeyError, MOST_KEYS};
 pub use pool::{Busy, Pool};
-pub use spent::{Reservation, Room, Spent, WithoutStore};
+pub use spent::{Reservation, Spent, WithoutStore};
 pub use token::{TYPES, Token, credential, has_credential, is_private_token, type_of};
 
 use crate::limiter::fleet::Fleet;
@@ -166,7 +166,8 @@ impl Origin {
             SpentIn::Memory => spent,
             SpentIn::Files(dir) => {
                 let mark = [&b"moh-gateway spent tokens of "[..], &settings.epoch.as_nanos().to_be_bytes()].concat();
-                spent.with_files(&dir, derive(&secret, &mark), challenges.epoch_at(unix_now()))?
+                let (mark, current) = (derive(&secret, &mark), challenges.epoch_at(unix_now()));
+                spent.with_files(&dir, mark, current, challenges.accepted_for())?
             }
             SpentIn::Fleet(without) => {
                 let fleet = fleet.ok_or_else(|| missing("[limits.redis]"))?;
@@ -181,7 +182,11 @@ impl Origin {
             epoch: settings.epoch,
             pool: Pool::start(settings.threads, settings.max_wait)?,
             refused: Arc::new(Refused::new(halves(bad))),
-            spent: Arc::new(spent),
+            spent: {
+                let spent = Arc::new(spent);
+                Spent::keep_room(&spent, settings.epoch)?;
+                spent
+            },
             metrics,
             directories: parking_lot::Mutex::default(),
         };
@@ -242,6 +247,11 @@ impl Origin {
         Ok(())
     }
 
+    /// Waits, for a second or two at most, until tokens that were given back are so for everyone: before the process ends.
+    pub fn settle(&self) {
+        self.spent.settle();
+    }
+
     /// `WWW-Authenticate`: a fresh challenge for each issuer and type. None: no issuer has a key now.
     pub fn challenge(&self, purpose: &Purpose<'_>) -> Option<HeaderValue> {
         self.challenges.load().www_authenticate(purpose, unix_now())
@@ -257,12 +267,21 @@ impl Origin {
         let octets = token::credential(headers)?.ok_or(TokenProblem::Missing)?;
         let token = Token::read(octets)?;
         let kind = token.kind();
-        let known = self.challenges.load().recognise(&token, purpose, unix_now())?;
+        let known = {
+            let challenges = self.challenges.load();
+            challenges.recognise(&token, purpose, unix_now()).inspect_err(|problem| {
+                if *problem == TokenProblem::UnknownKey {
+                    // Another node may have heard of it before.
+                    let of_kind = challenges.issuers().iter().filter(|issuer| issuer.kind() == kind);
+                    of_kind.for_each(|issuer| issuer.ask_soon(unix_now()));
+                }
+            })?
+        };
         let elsewhere = Refused::elsewhere(token.nonce(), unix_now());
         let again = match (self.refused.contains(token.octets()), self.refused.contains(&elsewhere)) {
             (true, _) => Some(TokenProblem::BadAuthenticator),
             (false, true) => Some(TokenProblem::Spent),
-            (false, false) => self.spent.contains(token.nonce()).then_some(TokenProblem::Spent),
+            (false, false) => self.spent.problem(token.nonce()),
         };
         if let Some(problem) = again {
             self.metrics.refused_again.inc();
@@ -270,14 +289,8 @@ impl Origin {
         }
         let timer = self.metrics.seconds.start_timer();
         let nonce = *token.nonce();
-        // No thread that verifies takes a lock that others wait for: it may be kept from running.
-        let (lacks_room, key) = (self.spent.lacks_room(known.epoch), known.key);
-        let work = move || {
-            let verifies = key.verifies(&token);
-            let room = if verifies { lacks_room.map(Room::new) } else { None };
-            (verifies, room, token)
-        };
-        let Ok((verifies, room, token)) = self.pool.run(kind, work).await else {
+        let key = known.key;
+        let Ok((verifies, token)) = self.pool.run(kind, move || (key.verifies(&token), token)).await else {
             timer.stop_and_discard();
             self.metrics.shed.inc();
             return Err(TokenProblem::Busy);
@@ -286,10 +299,16 @@ impl Origin {
             self.refused.insert(token.octets());
             return Err(TokenProblem::BadAuthenticator);
         }
-        if let Some(room) = room {
-            self.pool.drop_there(self.spent.make_room(known.epoch, room?));
-        }
-        let reservation = Spent::reserve(&self.spent, nonce, known.epoch, known.current)?.claim(known.remember).await;
+        let in_hand = Spent::reserve(&self.spent, nonce, known.epoch, known.current).inspect_err(|problem| {
+            if *problem == TokenProblem::Expired {
+                SET_BACK.call_once(|| {
+                    tracing::error!(
+                        "the clock was set back: until it comes to where it was tokens are refused as expired, or until a restart"
+                    );
+                });
+            }
+        })?;
+        let reservation = in_hand.claim(known.remember).await;
         if matches!(reservation, Err(TokenProblem::Spent)) {
             self.refused.insert(&elsewhere);
         }
@@ -297,6 +316,9 @@ impl Origin {
         Ok(reservation?.counted_by(token::of_type(&self.metrics.redeemed, kind)))
     }
 }
+
+/// Said once.
+static SET_BACK: std::sync::Once = std::sync::Once::new();
 
 /// The time since the Unix epoch.
 pub fn unix_now() -> Duration {

@@ -70,6 +70,9 @@ async fn a_rotation_refuses_no_token() {
     assert_ne!(new_key, old_key);
     assert_eq!(ask(&gateway.stranger(), &[&token(&gateway, &issuer).await]).await.status, 200);
     assert_eq!(ask(&gateway.stranger(), &[&old_token]).await.status, 200, "a token of the old key");
+    // The same for those who have the keys from files: the new one first, the old one with it.
+    let keys = std::fs::read_to_string(issuer.key_file(2)).unwrap();
+    assert_eq!(keys.matches("BEGIN").count(), 2);
     assert_eq!(outcome(&ask(&gateway.stranger(), &[&old_token]).await), (401, "token-spent".into()));
     assert_eq!(ds.complete(), 2);
 }

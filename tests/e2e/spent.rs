@@ -149,6 +149,33 @@ async fn without_the_store_tokens_are_refused_or_this_nodes_own() {
 }
 
 #[tokio::test]
+async fn a_leased_limit_without_its_store_is_no_way_around_spending() {
+    let (ds, store) = (Ds::start().await, Redis::start().await);
+    let issuer = Issuer::of("issuer.example", TokenType::PrivateRistretto255);
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("secret"), SECRET).unwrap();
+    issuer.write(dir.path(), "key");
+    let limit = "[[limit]]\nname = \"l\"\nendpoints = [\"connection_request\"]\nkey = [\"ip\"]\nrate = \"1/h\"\nburst = 1\n\
+                 token = \"exempt\"\n";
+    let leased = format!(
+        "[limits.redis]\nnodes = [\"{}\"]\nsecret_file = \"secret\"\nmode = \"leased\"\n[privacy_pass]\n",
+        store.addr()
+    );
+    let gateway = Gateway::start_in(dir, Setup::of(&ds).with(limit).with(&leased).with(&issuer.table("key"))).await;
+    until_up(&gateway).await;
+    store.kill();
+    gateway.until_metric("moh_gateway_limit_store_up", |up| up == 0.0).await;
+    let client = gateway.stranger();
+    assert_eq!(ask(&client, &[]).await.status, 200, "this node's own limit");
+    let all = tokens(&client, &issuer, 3).await;
+    for token in &all {
+        assert_eq!(ask(&client, &[token]).await.status, 200);
+        assert_eq!(outcome(&ask(&client, &[token]).await), (401, "token-spent".into()));
+    }
+    assert_eq!(ds.complete(), 4);
+}
+
+#[tokio::test]
 async fn a_store_that_may_forget_is_warned_of() {
     let (ds, store) =
         (Ds::start().await, Redis::start_with(&["--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lru"]).await);

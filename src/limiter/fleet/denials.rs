@@ -95,6 +95,7 @@ mod tests {
             gcra,
             cost,
             enforce: true,
+            exempt: false,
             on_failure: Default::default(),
             overflow: Key(0),
             top_up: None,

@@ -121,13 +121,13 @@ impl Leases {
                 Tried::Decided(pass) => return Ok(pass),
                 Tried::Waiting if !up => {
                     shared.remote.metrics.skipped.inc();
-                    return Err(Gone);
+                    return Err(Gone::UNASKED);
                 }
-                Tried::NoRoom => return Err(Gone),
+                Tried::NoRoom => return Err(Gone::UNASKED),
                 Tried::Waiting => {}
             }
             if tokio::time::timeout_at(deadline.into(), answered).await.is_err() {
-                return Err(Gone);
+                return Err(Gone::UNASKED);
             }
         }
     }
@@ -168,7 +168,7 @@ impl Leases {
                     continue;
                 }
                 // A shadow changes nothing, and so not that the rest is known.
-                Known::Nothing if !up && !check.enforce => {
+                Known::Nothing if !up && !check.enforce && !check.exempt => {
                     outcomes.push(Outcome::Allowed);
                     continue;
                 }

@@ -206,7 +206,7 @@ impl Fleet {
                         return;
                     }
                     Ok(_) => return,
-                    Err(Gone) => {}
+                    Err(Gone { .. }) => {}
                 }
             }
         });
@@ -255,10 +255,18 @@ impl Fleet {
                 match shared.remote.call(&shared.unspend, &call, deadline).await.as_deref() {
                     Ok([0]) if !answered => {}
                     Ok(_) => return,
-                    Err(Gone) => {}
+                    Err(Gone { .. }) => {}
                 }
             }
         });
+    }
+
+    /// Waits until all that is to be given back is so, for so long at most.
+    pub fn settle(&self, at_most: Duration) {
+        let until = Instant::now() + at_most;
+        while self.giving_back.available_permits() < GIVING_BACK && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Charges what has been used already; nobody waits for it. `otherwise` if the store does not answer.
@@ -346,7 +354,7 @@ impl Shared {
         let sent = self.clock.now();
         let answers = self.remote.call(&self.decide, &call, deadline).await?;
         if answers.len() != ask.checks.len() {
-            return Err(Gone);
+            return Err(Gone::UNASKED);
         }
         outcomes.clear();
         outcomes.extend(ask.checks.iter().zip(&answers).map(|(check, answer)| match *answer {

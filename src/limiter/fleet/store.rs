@@ -37,7 +37,15 @@ const IN_FLIGHT: usize = 8192;
 
 /// The store does not answer, or not in time, or with an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Gone;
+pub struct Gone {
+    /// It was asked, and may do it yet.
+    pub asked: bool,
+}
+
+impl Gone {
+    /// It was not even asked.
+    pub(super) const UNASKED: Self = Self { asked: false };
+}
 
 /// A script, as the store knows it and as we do.
 #[derive(Debug)]
@@ -138,16 +146,16 @@ impl Remote {
         let time = deadline.saturating_duration_since(Instant::now());
         if self.breaker.is_open() || time < self.settings.timeout / 4 {
             self.metrics.skipped.inc();
-            return Err(Gone);
+            return Err(Gone::UNASKED);
         }
         let link = {
             let links = self.links.load();
-            let links = links.as_ref().filter(|links| !links.is_empty()).ok_or(Gone)?;
-            links.get(self.next.fetch_add(1, Ordering::Relaxed) % links.len()).cloned().ok_or(Gone)?
+            let links = links.as_ref().filter(|links| !links.is_empty()).ok_or(Gone::UNASKED)?;
+            links.get(self.next.fetch_add(1, Ordering::Relaxed) % links.len()).cloned().ok_or(Gone::UNASKED)?
         };
         let Ok(_permit) = self.permits.try_acquire() else {
             self.metrics.skipped.inc();
-            return Err(Gone);
+            return Err(Gone::UNASKED);
         };
         let _timer = self.metrics.seconds.start_timer();
         let answer = tokio::time::timeout_at(deadline.into(), ask(link, script, call)).await;
@@ -164,14 +172,14 @@ impl Remote {
                     true => self.breaker.open(),
                     false => self.breaker.failed(),
                 }
-                Err(Gone)
+                Err(Gone { asked: true })
             }
             Err(_) => {
                 self.metrics.timeouts.inc();
                 if time > self.settings.timeout / 2 {
                     self.breaker.failed();
                 }
-                Err(Gone)
+                Err(Gone { asked: true })
             }
         }
     }

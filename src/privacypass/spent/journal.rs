@@ -15,7 +15,7 @@ use std::io::{Error, ErrorKind, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a file begins with.
 const MAGIC: &[u8; 16] = b"moh-spent-tokens";
@@ -29,9 +29,12 @@ const SYNC: Duration = Duration::from_secs(1);
 /// What is told once a record is written, or is not.
 type Told = Box<dyn FnOnce(Result<(), Error>) + Send>;
 
-/// A record, and who is told of it.
+/// After a failure nothing is tried for so long: who is refused comes again at once.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// A record, and who is told of it. Without one: only that all before it is done.
 struct Order {
-    record: [u8; RECORD],
+    record: Option<[u8; RECORD]>,
     epoch: u64,
     oldest: u64,
     told: Told,
@@ -52,6 +55,8 @@ struct Writer {
     files: Files,
     /// The next file's number.
     next: u64,
+    keep_for: Duration,
+    failed: Option<Instant>,
     /// Held as long as the process lives: two gateways that write the same files would spend tokens twice.
     _lock: File,
 }
@@ -65,6 +70,16 @@ struct Log {
     /// None: it is from before a restart, and is not written to.
     file: Option<File>,
     dirty: AtomicBool,
+    /// It may end with half a record: what follows goes elsewhere.
+    torn: AtomicBool,
+    opened: Instant,
+}
+
+impl Log {
+    fn new(path: PathBuf, file: Option<File>) -> Self {
+        let dirty = AtomicBool::new(file.is_some());
+        Self { path, file, dirty, torn: AtomicBool::new(false), opened: Instant::now() }
+    }
 }
 
 fn at(path: &Path) -> impl FnOnce(Error) -> Error {
@@ -72,11 +87,17 @@ fn at(path: &Path) -> impl FnOnce(Error) -> Error {
 }
 
 impl Journal {
-    /// Opens the files in `dir`, which it makes if need be, and reads the spent tokens of `oldest` and later epochs.
+    /// Opens the files in `dir`, which it makes if need be, and reads the spent tokens that are in them. Those of epochs before
+    /// `oldest` go by and by, and when they were there for `keep_for`: the clock may be wrong.
     ///
     /// # Errors
     /// What cannot be read or written, by name; or another gateway uses the directory.
-    pub(super) fn open(dir: &Path, mark: [u8; 16], oldest: u64) -> Result<(Self, Vec<(u64, Prints)>), Error> {
+    pub(super) fn open(
+        dir: &Path,
+        mark: [u8; 16],
+        oldest: u64,
+        keep_for: Duration,
+    ) -> Result<(Self, Vec<(u64, Prints)>), Error> {
         std::fs::create_dir_all(dir).map_err(at(dir))?;
         let path = dir.join("lock");
         let lock = OpenOptions::new().create(true).append(true).open(&path).map_err(at(&path))?;
@@ -96,6 +117,9 @@ impl Journal {
         // In the order in which they were written.
         found.sort_unstable();
         let next = found.last().map_or(0, |(number, ..): &(u64, u64, PathBuf)| number + 1);
+        // Two epochs are in use at once, whatever the clock says now.
+        let oldest =
+            found.iter().map(|(_, epoch, _)| epoch.saturating_sub(1)).max().map_or(oldest, |of| of.min(oldest));
         let (mut spent, mut files) = (BTreeMap::<u64, Prints>::new(), BTreeMap::<u64, Vec<_>>::new());
         for (_, epoch, path) in found {
             if epoch < oldest {
@@ -103,10 +127,12 @@ impl Journal {
                 continue;
             }
             read(&path, spent.entry(epoch).or_default()).map_err(at(&path))?;
-            files.entry(epoch).or_default().push(Arc::new(Log { path, file: None, dirty: AtomicBool::new(false) }));
+            files.entry(epoch).or_default().push(Arc::new(Log::new(path, None)));
         }
         let files = Arc::new(Mutex::new(files));
-        let writer = Writer { dir: dir.into(), mark, files: files.clone(), next, _lock: lock };
+        let files_of_writer = files.clone();
+        let writer =
+            Writer { dir: dir.into(), mark, files: files_of_writer, next, keep_for, failed: None, _lock: lock };
         let (orders, told) = mpsc::channel();
         keep(&files)?;
         let writer = std::thread::Builder::new().name("spent-tokens".into()).spawn(move || writer.work(&told))?;
@@ -125,7 +151,23 @@ impl Journal {
     ) {
         let mut record = [if spent { b'+' } else { b'-' }; RECORD];
         record.iter_mut().skip(1).zip(print.to_be_bytes()).for_each(|(to, from)| *to = from);
-        if let Err(mpsc::SendError(order)) = self.orders.send(Order { record, epoch, oldest, told: Box::new(told) }) {
+        self.order(Order { record: Some(record), epoch, oldest, told: Box::new(told) });
+    }
+
+    /// Waits until all before this is written, for so long at most.
+    pub(super) fn settle(&self, at_most: Duration) {
+        let (tell, told) = mpsc::channel();
+        self.order(Order {
+            record: None,
+            epoch: 0,
+            oldest: 0,
+            told: Box::new(move |_| tell.send(()).unwrap_or_default()),
+        });
+        let _ = told.recv_timeout(at_most);
+    }
+
+    fn order(&self, order: Order) {
+        if let Err(mpsc::SendError(order)) = self.orders.send(order) {
             (order.told)(Err(Error::from(ErrorKind::BrokenPipe)));
         }
     }
@@ -144,21 +186,25 @@ impl Drop for Journal {
 impl Writer {
     fn work(mut self, orders: &mpsc::Receiver<Order>) {
         for order in orders {
-            let written = self.write(&order);
+            let written = match (&order.record, self.failed) {
+                (None, _) => Ok(()),
+                (Some(_), Some(at)) if at.elapsed() < PAUSE => Err(Error::other("the disk took nothing a moment ago")),
+                (Some(record), _) => self.write(record, order.epoch, order.oldest),
+            };
+            if written.is_err() && self.failed.is_none_or(|at| at.elapsed() >= PAUSE) {
+                self.failed = Some(Instant::now());
+            }
             (order.told)(written);
         }
     }
 
-    fn write(&mut self, order: &Order) -> Result<(), Error> {
-        let log = self.log(order.epoch, order.oldest)?;
+    fn write(&mut self, record: &[u8; RECORD], epoch: u64, oldest: u64) -> Result<(), Error> {
+        let log = self.log(epoch, oldest)?;
         let Some(mut file) = log.file.as_ref() else { return Err(ErrorKind::NotFound.into()) };
-        file.write_all(&order.record).map_err(|e| {
-            // What follows half a record could not be read: the next goes to another file.
-            self.files.lock().entry(order.epoch).or_default().push(Arc::new(Log {
-                path: log.path.clone(),
-                file: None,
-                dirty: AtomicBool::new(false),
-            }));
+        let len = file.metadata().map_err(at(&log.path))?.len();
+        file.write_all(record).map_err(|e| {
+            // What follows half a record could not be read.
+            log.torn.store(file.set_len(len).is_err(), Ordering::Relaxed);
             at(&log.path)(e)
         })?;
         log.dirty.store(true, Ordering::Release);
@@ -170,10 +216,12 @@ impl Writer {
         let mut over = vec![];
         let log = {
             let mut files = self.files.lock();
-            while let Some(first) = files.first_entry().filter(|first| *first.key() < oldest) {
+            let is_over = |logs: &Vec<Arc<Log>>| logs.iter().all(|log| log.opened.elapsed() >= self.keep_for);
+            while let Some(first) = files.first_entry().filter(|first| *first.key() < oldest && is_over(first.get())) {
                 over.extend(first.remove());
             }
-            files.get(&epoch).and_then(|logs| logs.last()).filter(|log| log.file.is_some()).cloned()
+            let last = files.get(&epoch).and_then(|logs| logs.last());
+            last.filter(|log| log.file.is_some() && !log.torn.load(Ordering::Relaxed)).cloned()
         };
         for log in over {
             // It may be gone already; what is left is removed at the next start.
@@ -183,10 +231,19 @@ impl Writer {
             return Ok(log);
         }
         let path = self.dir.join(format!("{}{epoch}-{}", self.mark, self.next));
+        let mut file = OpenOptions::new().create_new(true).append(true).open(&path).map_err(|e| {
+            // A file that is not ours has its name.
+            self.next += u64::from(e.kind() == ErrorKind::AlreadyExists);
+            at(&path)(e)
+        })?;
+        if let Err(e) = file.write_all(MAGIC) {
+            let _ = std::fs::remove_file(&path);
+            return Err(at(&path)(e));
+        }
+        // That there is such a file must outlive the machine's power, too.
+        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(at(&self.dir))?;
         self.next += 1;
-        let mut file = OpenOptions::new().create_new(true).append(true).open(&path).map_err(at(&path))?;
-        file.write_all(MAGIC).map_err(at(&path))?;
-        let log = Arc::new(Log { path, file: Some(file), dirty: AtomicBool::new(true) });
+        let log = Arc::new(Log::new(path, Some(file)));
         self.files.lock().entry(epoch).or_default().push(log.clone());
         Ok(log)
     }
@@ -196,8 +253,12 @@ impl Writer {
 fn read(path: &Path, spent: &mut Prints) -> Result<(), Error> {
     let mut octets = vec![];
     File::open(path)?.read_to_end(&mut octets)?;
-    // The machine may have lost its power before the file had a beginning.
-    let records = octets.strip_prefix(MAGIC).unwrap_or_default();
+    let records = match octets.strip_prefix(MAGIC) {
+        Some(records) => records,
+        // The machine may have lost its power before the file had a beginning.
+        None if octets.len() < MAGIC.len() || octets.iter().all(|octet| *octet == 0) => return Ok(()),
+        None => return Err(Error::new(ErrorKind::InvalidData, "it is no file of spent tokens")),
+    };
     for [tag, print @ ..] in records.as_chunks::<RECORD>().0 {
         let print = Print::from_be_bytes(*print);
         match tag {
@@ -232,7 +293,7 @@ mod tests {
     use super::*;
 
     fn open(dir: &Path, oldest: u64) -> (Journal, Vec<(u64, Vec<Print>)>) {
-        let (journal, spent) = Journal::open(dir, [7; 16], oldest).unwrap();
+        let (journal, spent) = Journal::open(dir, [7; 16], oldest, Duration::ZERO).unwrap();
         let sorted = |prints: Prints| {
             let mut prints: Vec<_> = prints.into_iter().collect();
             prints.sort_unstable();
@@ -262,7 +323,10 @@ mod tests {
         {
             write(&journal, print, epoch, oldest, is_spent).unwrap();
         }
-        assert!(Journal::open(dir.path(), [7; 16], 4).is_err_and(|e| e.to_string().contains("another gateway")));
+        assert!(
+            Journal::open(dir.path(), [7; 16], 4, Duration::ZERO)
+                .is_err_and(|e| e.to_string().contains("another gateway"))
+        );
         drop(journal);
         let (journal, spent) = open(dir.path(), 4);
         assert_eq!(spent, [(4, vec![1]), (5, vec![3])]);
@@ -284,10 +348,31 @@ mod tests {
         let (journal, spent) = open(dir.path(), 5);
         assert_eq!(spent, [(5, vec![]), (6, vec![4, 5])]);
         drop(journal);
-        let (other, spent) = Journal::open(dir.path(), [8; 16], 5).unwrap();
+        let (other, spent) = Journal::open(dir.path(), [8; 16], 5, Duration::ZERO).unwrap();
         assert!(spent.is_empty() && file.exists(), "under another secret it is nobody's, and is left alone");
         drop(other);
-        assert_eq!(open(dir.path(), 6).1, [(6, vec![4, 5])], "for whoever has the first one again");
+        assert_eq!(open(dir.path(), 6).1, [(5, vec![]), (6, vec![4, 5])], "for whoever has the first one again");
+    }
+
+    #[test]
+    fn a_clock_that_is_ahead_loses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path(), 4);
+        write(&journal, 1, 4, 4, true).unwrap();
+        write(&journal, 2, 5, 4, true).unwrap();
+        drop(journal);
+        let (ahead, spent) = Journal::open(dir.path(), [7; 16], 999, Duration::from_secs(60)).unwrap();
+        assert_eq!(spent.len(), 2);
+        write(&ahead, 3, 999, 998, true).unwrap();
+        assert_eq!(
+            (files(dir.path(), 4).len(), files(dir.path(), 5).len()),
+            (1, 1),
+            "they are not there for long enough"
+        );
+        drop(ahead);
+        std::fs::write(dir.path().join("spent-0707070707070707-999-99"), "what is none of ours").unwrap();
+        let error = Journal::open(dir.path(), [7; 16], 4, Duration::ZERO).unwrap_err().to_string();
+        assert!(error.contains("999-99: it is no file of spent tokens"), "{error}");
     }
 
     #[test]
@@ -295,7 +380,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         std::fs::write(&file, "").unwrap();
-        let error = Journal::open(&file, [7; 16], 0).unwrap_err().to_string();
+        let error = Journal::open(&file, [7; 16], 0, Duration::ZERO).unwrap_err().to_string();
         assert!(error.starts_with(&file.display().to_string()), "{error}");
     }
 
@@ -307,6 +392,8 @@ mod tests {
         // The next file's name is taken by a directory; a file for another epoch cannot be made.
         std::fs::create_dir(dir.path().join("spent-0707070707070707-6-1")).unwrap();
         assert!(write(&journal, 2, 6, 4, true).is_err());
+        assert!(write(&journal, 2, 6, 4, true).unwrap_err().to_string().contains("a moment ago"));
+        std::thread::sleep(PAUSE);
         write(&journal, 2, 6, 4, true).unwrap();
         drop(journal);
         std::fs::remove_dir(dir.path().join("spent-0707070707070707-6-1")).unwrap();

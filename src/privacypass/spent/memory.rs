@@ -3,6 +3,7 @@
 //! be to take its token twice.
 
 use crate::problem::TokenProblem;
+use smallvec::SmallVec;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 
@@ -16,6 +17,8 @@ pub(super) type Prints = HashSet<Print>;
 #[derive(Debug)]
 pub(super) struct Memory {
     epochs: BTreeMap<u64, Prints>,
+    /// Those of them that will be given back.
+    returning: Prints,
     /// The latest epoch that was ever now: a clock that is behind, or set back, must not ask for what was let go.
     latest: u64,
     capacity: usize,
@@ -24,7 +27,7 @@ pub(super) struct Memory {
 impl Memory {
     /// Remembers at most `capacity` tokens.
     pub(super) fn new(capacity: usize) -> Self {
-        Self { epochs: BTreeMap::new(), latest: 0, capacity }
+        Self { epochs: BTreeMap::new(), returning: Prints::new(), latest: 0, capacity }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -40,48 +43,63 @@ impl Memory {
     /// made before the lock is taken that others wait for.
     ///
     /// # Errors
-    /// There is no such memory.
+    /// [`TokenProblem::StoreFull`]: there is no such memory.
     pub(super) fn room(capacity: usize) -> Result<Prints, TokenProblem> {
         let mut room = Prints::new();
         room.try_reserve(capacity).map_err(|_| TokenProblem::StoreFull)?;
         Ok(room)
     }
 
-    /// Whether an epoch has no room yet; how much it needs.
-    pub(super) fn lacks_room(&self, epoch: u64) -> Option<usize> {
-        (epoch >= self.oldest() && !self.epochs.contains_key(&epoch)).then_some(self.capacity)
+    /// Of these epochs, those that have no room yet; and how much each needs.
+    pub(super) fn lack_room(&self, epochs: [u64; 3]) -> (SmallVec<[u64; 3]>, usize) {
+        let lacks = |epoch: &u64| *epoch >= self.oldest() && !self.epochs.contains_key(epoch);
+        (epochs.into_iter().filter(lacks).collect(), self.capacity)
     }
 
-    /// Gives an epoch its room; the answer is what is not needed any more, to be dropped when nobody waits.
-    pub(super) fn make_room(&mut self, epoch: u64, room: Prints) -> Vec<Prints> {
+    /// Gives epochs their room; the answer is what is not needed any more, to be dropped when nobody waits.
+    pub(super) fn make_room(&mut self, rooms: impl IntoIterator<Item = (u64, Prints)>) -> Vec<Prints> {
         let kept = self.epochs.split_off(&self.oldest());
         let mut over: Vec<_> = std::mem::replace(&mut self.epochs, kept).into_values().collect();
-        match self.epochs.entry(epoch) {
-            Entry::Vacant(vacant) => {
-                vacant.insert(room);
+        for (epoch, room) in rooms {
+            match self.epochs.entry(epoch) {
+                Entry::Vacant(vacant) => {
+                    vacant.insert(room);
+                }
+                Entry::Occupied(_) => over.push(room),
             }
-            Entry::Occupied(_) => over.push(room),
         }
         over
     }
 
-    /// Whether a token is spent or in hand.
-    pub(super) fn contains(&self, print: Print) -> bool {
+    fn contains(&self, print: Print) -> bool {
         self.epochs.values().any(|prints| prints.contains(&print))
+    }
+
+    /// Why a token cannot be taken in hand, if it is known here.
+    pub(super) fn problem(&self, print: Print) -> Option<TokenProblem> {
+        // One that is on its way back is not spent: its client is to try again.
+        let known =
+            || if self.returning.contains(&print) { TokenProblem::StoreUnavailable } else { TokenProblem::Spent };
+        self.contains(print).then(known)
+    }
+
+    /// It will be given back.
+    pub(super) fn returning(&mut self, print: Print) {
+        self.returning.insert(print);
     }
 
     /// Takes a token of `epoch` in hand; `current` is the epoch now.
     ///
     /// # Errors
-    /// [`TokenProblem::Spent`], [`TokenProblem::StoreFull`], [`TokenProblem::Expired`].
+    /// [`TokenProblem::Spent`], [`TokenProblem::StoreUnavailable`], [`TokenProblem::StoreFull`], [`TokenProblem::Expired`].
     pub(super) fn insert(&mut self, print: Print, epoch: u64, current: u64) -> Result<(), TokenProblem> {
         self.latest = self.latest.max(current);
         let oldest = self.oldest();
         if epoch < oldest {
             return Err(TokenProblem::Expired);
         }
-        if self.contains(print) {
-            return Err(TokenProblem::Spent);
+        if let Some(problem) = self.problem(print) {
+            return Err(problem);
         }
         // Those of epochs that are over count no more, though their room may not be given back yet.
         if self.epochs.range(oldest..).map(|(_, prints)| prints.len()).sum::<usize>() >= self.capacity {
@@ -93,12 +111,15 @@ impl Memory {
 
     /// Tokens that were spent before a restart, whether or not there is room for so many: to leave one out would be to take
     /// it again.
-    pub(super) fn load(&mut self, epoch: u64, prints: Prints) {
-        self.epochs.entry(epoch).or_default().extend(prints);
+    pub(super) fn load(&mut self, epoch: u64, mut prints: Prints) {
+        // Where there is no such memory it grows later.
+        let _ = prints.try_reserve(self.capacity.saturating_sub(prints.len()));
+        self.epochs.insert(epoch, prints);
     }
 
     /// Gives a token back.
     pub(super) fn remove(&mut self, print: Print, epoch: u64) {
+        self.returning.remove(&print);
         if let Some(prints) = self.epochs.get_mut(&epoch) {
             prints.remove(&print);
         }
@@ -121,14 +142,18 @@ mod tests {
         assert_eq!(memory.insert(3, 6, 6), Err(TokenProblem::StoreFull), "full is not forgetful");
         assert_eq!(memory.insert(1, 5, 6), Err(TokenProblem::Spent));
         memory.insert(3, 7, 7).unwrap();
-        let over = memory.make_room(8, Memory::room(2).unwrap());
+        let over = memory.make_room([(8, Memory::room(2).unwrap())]);
         assert!(over.len() == 1 && !memory.contains(1), "epoch 5 is over");
         assert_eq!(memory.insert(1, 5, 6), Err(TokenProblem::Expired), "also for a clock that is behind");
         assert!(memory.contains(2));
-        assert_eq!((memory.lacks_room(9), memory.lacks_room(8), memory.lacks_room(5)), (Some(2), None, None));
+        assert_eq!(memory.lack_room([9, 8, 5]), (SmallVec::from_slice(&[9]), 2));
         memory.load(7, (10..20).collect());
         assert_eq!(memory.insert(4, 7, 7), Err(TokenProblem::StoreFull), "more than there is room for is full");
         assert_eq!(memory.insert(19, 7, 7), Err(TokenProblem::Spent));
+        memory.returning(19);
+        assert_eq!(memory.insert(19, 7, 7), Err(TokenProblem::StoreUnavailable), "not yet, and not spent");
+        memory.remove(19, 7);
+        assert_eq!(memory.problem(19), None);
         assert_eq!(Memory::room(usize::MAX / 64).unwrap_err(), TokenProblem::StoreFull);
     }
 }

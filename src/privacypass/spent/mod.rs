@@ -7,14 +7,16 @@
 mod journal;
 mod memory;
 
+use super::unix_now;
 use crate::limiter::fleet::{Fleet, Gone};
 use crate::problem::TokenProblem;
 use journal::Journal;
-use memory::{Memory, Print, Prints};
+use memory::{Memory, Print};
 use parking_lot::Mutex;
 use privacypass::Nonce;
 use prometheus::{IntCounter, IntGauge};
 use siphasher::sip128::SipHasher24;
+use smallvec::SmallVec;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +24,9 @@ use tokio::sync::oneshot;
 
 /// A fleet's nodes remember a token longer than any of their clocks takes it.
 const MARGIN: Duration = Duration::from_secs(120);
+
+/// Between looks whether an epoch needs its room.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// No request waits longer until its token is written to a file.
 const DISK: Duration = Duration::from_secs(1);
@@ -44,20 +49,6 @@ pub struct Spent {
     fleet: Option<(Arc<Fleet>, WithoutStore)>,
     keys: (u64, u64),
     held: IntGauge,
-}
-
-/// Room for the tokens of an epoch.
-#[derive(Debug)]
-pub struct Room(Prints);
-
-impl Room {
-    /// Room for so many. It takes milliseconds to make, once an epoch: to be made where nobody waits.
-    ///
-    /// # Errors
-    /// [`TokenProblem::StoreFull`]: there is no such memory.
-    pub fn new(capacity: usize) -> Result<Self, TokenProblem> {
-        Memory::room(capacity).map(Self)
-    }
 }
 
 /// A token in hand: no other request can use it. Kept, it is spent; dropped, it may be used again.
@@ -91,12 +82,12 @@ impl Spent {
     }
 
     /// Keeps them in files in `dir` too, and begins with those that are there; `current` is the epoch now. `mark` tells
-    /// files that are under other keys.
+    /// files that are under other keys. What was written is kept for so long at least, whatever the clock says.
     ///
     /// # Errors
     /// What cannot be read or written.
-    pub fn with_files(mut self, dir: &Path, mark: [u8; 16], current: u64) -> std::io::Result<Self> {
-        let (journal, spent) = Journal::open(dir, mark, current.saturating_sub(1))?;
+    pub fn with_files(mut self, dir: &Path, mark: [u8; 16], current: u64, keep_for: Duration) -> std::io::Result<Self> {
+        let (journal, spent) = Journal::open(dir, mark, current.saturating_sub(1), keep_for)?;
         let memory = self.memory.get_mut();
         spent.into_iter().for_each(|(epoch, prints)| memory.load(epoch, prints));
         self.held.set(memory.len() as i64);
@@ -114,20 +105,50 @@ impl Spent {
         SipHasher24::new_with_keys(self.keys.0, self.keys.1).hash(nonce).as_u128()
     }
 
-    /// Whether a token is known here for spent or in hand.
-    pub fn contains(&self, nonce: &Nonce) -> bool {
+    /// Why a token cannot be redeemed, if it is known here: it is spent or in hand, or will be given back.
+    pub fn problem(&self, nonce: &Nonce) -> Option<TokenProblem> {
         let print = self.print(nonce);
-        self.memory.lock().contains(print)
+        self.memory.lock().problem(print)
     }
 
-    /// How much room tokens of `epoch` need, where they have none yet.
-    pub fn lacks_room(&self, epoch: u64) -> Option<usize> {
-        self.memory.lock().lacks_room(epoch)
+    /// Makes room for tokens of the epochs that are accepted at a time since the Unix epoch, and of the next. It takes
+    /// milliseconds, once an epoch.
+    pub fn make_room(&self, epoch: Duration, now: Duration) {
+        let current = (now.as_nanos() / epoch.as_nanos().max(1)) as u64;
+        let (lack, capacity) = self.memory.lock().lack_room([current.saturating_sub(1), current, current + 1]);
+        // Without, it grows as it is used.
+        let rooms: SmallVec<[_; 3]> =
+            lack.into_iter().filter_map(|of| Some((of, Memory::room(capacity).ok()?))).collect();
+        let over = self.memory.lock().make_room(rooms);
+        // Not while the lock is held.
+        drop(over);
     }
 
-    /// Gives tokens of `epoch` their room. The answer is what is not needed any more: to be dropped, too, where nobody waits.
-    pub fn make_room(&self, epoch: u64, room: Room) -> Vec<Room> {
-        self.memory.lock().make_room(epoch, room.0).into_iter().map(Room).collect()
+    /// Makes room in time, on a thread of its own, for as long as `this` is used.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    pub fn keep_room(this: &Arc<Self>, epoch: Duration) -> std::io::Result<()> {
+        this.make_room(epoch, unix_now());
+        let spent = Arc::downgrade(this);
+        std::thread::Builder::new().name("spent-room".into()).spawn(move || {
+            loop {
+                std::thread::sleep((epoch / 4).min(LOOK));
+                let Some(spent) = spent.upgrade() else { return };
+                spent.make_room(epoch, unix_now());
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Waits, for a second at most, until all that was given back is so.
+    pub fn settle(&self) {
+        if let Some(journal) = &self.journal {
+            journal.settle(DISK);
+        }
+        if let Some((fleet, _)) = &self.fleet {
+            fleet.settle(DISK);
+        }
     }
 
     /// Takes a token of `epoch` in hand on this node; `current` is the epoch now.
@@ -213,9 +234,16 @@ impl Reservation {
                 self.claim = Claim::None;
                 Err(TokenProblem::Spent)
             }
-            Err(Gone) if without == WithoutStore::Local && self.here => Ok(()),
-            Err(Gone) if without == WithoutStore::Local => Err(TokenProblem::StoreFull),
-            Err(Gone) => Err(TokenProblem::StoreUnavailable),
+            Err(Gone { asked }) => {
+                if !asked {
+                    self.claim = Claim::None;
+                }
+                match (without, self.here) {
+                    (WithoutStore::Local, true) => Ok(()),
+                    (WithoutStore::Local, false) => Err(TokenProblem::StoreFull),
+                    (WithoutStore::Closed, _) => Err(TokenProblem::StoreUnavailable),
+                }
+            }
         }
     }
 
@@ -248,7 +276,12 @@ impl Drop for Reservation {
             match &spent.journal {
                 // Given back in the files first: or another request that takes it in hand could write before.
                 Some(journal) if self.written => {
-                    let (oldest, spent) = (spent.memory.lock().oldest(), Arc::downgrade(spent));
+                    let oldest = {
+                        let mut memory = spent.memory.lock();
+                        memory.returning(print);
+                        memory.oldest()
+                    };
+                    let spent = Arc::downgrade(spent);
                     journal.write(print, epoch, oldest, false, move |written| {
                         if let Err(e) = written {
                             tracing::error!("a token that was given back is spent after a restart: {e}");
@@ -289,7 +322,7 @@ mod tests {
         drop(first);
         assert_eq!(spent.held.get(), 0);
         Spent::reserve(&spent, [1; 32], 5, 5).unwrap().keep();
-        assert!(spent.contains(&[1; 32]));
+        assert_eq!(spent.problem(&[1; 32]), Some(TokenProblem::Spent));
         assert_eq!((Spent::reserve(&spent, [1; 32], 5, 6).unwrap_err(), spent.held.get()), (TokenProblem::Spent, 1));
     }
 
@@ -307,7 +340,7 @@ mod tests {
     #[tokio::test]
     async fn files_outlive_the_process() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || Arc::new(spent(3).with_files(dir.path(), [3; 16], 5).unwrap());
+        let open = || Arc::new(spent(3).with_files(dir.path(), [3; 16], 5, Duration::ZERO).unwrap());
         let first = open();
         let take = async |of: &Arc<Spent>, nonce, epoch| {
             Spent::reserve(of, [nonce; 32], epoch, 5).unwrap().claim(Duration::from_secs(1)).await.unwrap()
@@ -315,7 +348,7 @@ mod tests {
         take(&first, 1, 5).await.keep();
         take(&first, 2, 4).await.keep();
         drop(take(&first, 3, 5).await);
-        while first.contains(&[3; 32]) {
+        while first.problem(&[3; 32]).is_some() {
             tokio::task::yield_now().await;
         }
         drop(first);
@@ -325,7 +358,7 @@ mod tests {
         assert_eq!(Spent::reserve(&again, [2; 32], 4, 5).unwrap_err(), TokenProblem::Spent);
         take(&again, 3, 5).await.keep();
         drop(again);
-        let smaller = Arc::new(spent(1).with_files(dir.path(), [3; 16], 5).unwrap());
+        let smaller = Arc::new(spent(1).with_files(dir.path(), [3; 16], 5, Duration::ZERO).unwrap());
         assert_eq!(smaller.held.get(), 3, "more than there is room for now");
         assert_eq!(Spent::reserve(&smaller, [4; 32], 5, 5).unwrap_err(), TokenProblem::StoreFull);
         assert_eq!(Spent::reserve(&smaller, [3; 32], 5, 5).unwrap_err(), TokenProblem::Spent);
