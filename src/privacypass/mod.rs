@@ -114,7 +114,7 @@ pub struct Origin {
     /// Nothing else would be the same after a change of it: files, and what is remembered.
     epoch: Duration,
     pool: Pool,
-    refused: Arc<Refused>,
+    refused: Refused,
     spent: Arc<Spent>,
     metrics: Metrics,
     /// Where directories are asked. None before the first of them.
@@ -175,18 +175,16 @@ impl Origin {
                 spent.with_fleet(fleet, without)
             }
         };
+        let spent = Arc::new(spent);
+        Spent::keep_room(&spent, settings.epoch)?;
         let bad = crate::config::random().ok_or_else(|| missing("randomness"))?;
         let origin = Self {
             challenges: ArcSwap::from_pointee(challenges),
             secret,
             epoch: settings.epoch,
             pool: Pool::start(settings.threads, settings.max_wait)?,
-            refused: Arc::new(Refused::new(halves(bad))),
-            spent: {
-                let spent = Arc::new(spent);
-                Spent::keep_room(&spent, settings.epoch)?;
-                spent
-            },
+            refused: Refused::new(halves(bad)),
+            spent,
             metrics,
             directories: parking_lot::Mutex::default(),
         };
