@@ -1,5 +1,6 @@
 //! `issuer`: an Issuer for development. With nothing but a directory it makes what it needs: keys, and a certificate.
 
+use super::read;
 use crate::config::duration;
 use crate::issuer::{self, Serve, media_type};
 use crate::privacypass::{TYPES, unix_now};
@@ -8,7 +9,7 @@ use clap::Args;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use std::error::Error;
 use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -115,13 +116,9 @@ impl Issuer {
         let key = KeyPair::generate()?;
         let certificate = server.signed_by(&key, &authority)?;
         let (chain, key) = (certificate.pem(), key.serialize_pem());
-        issuer::write_private(&self.dir.join("ca.pem"), &authority.pem())?;
-        issuer::write_private(&path("pem"), &chain)?;
-        issuer::write_private(&path("key"), &key)?;
+        for (file, text) in [(self.dir.join("ca.pem"), &authority.pem()), (path("pem"), &chain), (path("key"), &key)] {
+            crate::files::replace(&file, text.as_bytes()).map_err(|e| format!("{}: {e}", file.display()))?;
+        }
         Ok((chain.into(), key.into()))
     }
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, String> {
-    std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))
 }

@@ -1,6 +1,7 @@
 //! `token`: what a client of a provider does for a stranger's gateway. A request is refused with a challenge; an Issuer makes
 //! a token that meets it; the line to send with the request again is printed.
 
+use super::read;
 use crate::issuer::{DIRECTORY_PATH, media_type};
 use crate::privacypass::client::{self, Challenge, TokenRequest};
 use crate::privacypass::directory::{Document, MOST, reason};
@@ -204,8 +205,4 @@ async fn body(answer: reqwest::Result<Response>, url: &Url, media_type: &str) ->
         return Err(format!("{url}: it answers with {of:?}, not {media_type}"));
     }
     Ok(octets)
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, Failed> {
-    std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))
 }

@@ -11,6 +11,7 @@ mod server;
 pub use keys::{IssueError, KeyMaking, LONGEST_REQUEST};
 pub use server::{Serve, ServeError, serve};
 
+use crate::files;
 use crate::privacypass::{MEDIA_TYPE, MOST_KEYS, TYPES};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE;
@@ -136,12 +137,12 @@ impl Issuer {
         pairs.sort_by_key(|pair| std::cmp::Reverse(pair.from));
         let gone = self.overlap() + self.keep.as_secs();
         pairs = self.without_followed(pairs, now, gone);
-        let files = self.files(&pairs, now);
-        if *written == files {
+        let all = self.files(&pairs, now);
+        if *written == all {
             return Ok(false);
         }
-        files.iter().try_for_each(|(path, text)| write_private(path, text))?;
-        *written = files;
+        all.iter().try_for_each(|(path, text)| files::replace(path, text.as_bytes()).map_err(at(path)))?;
+        *written = all;
         *self.pairs.write() = Arc::new(pairs);
         Ok(true)
     }
@@ -237,20 +238,6 @@ impl Issuer {
         let mut used = pairs.iter().filter(|pair| pair.public.kind() == kind && pair.from <= now);
         used.find(|pair| pair.truncated_id() == id).ok_or(IssueError::NoKey)?.issue(request).await
     }
-}
-
-/// Writes a file for nobody else's eyes, whole or not at all.
-pub(crate) fn write_private(path: &Path, text: &str) -> Result<(), StateError> {
-    use std::io::Write as _;
-    use std::os::unix::fs::OpenOptionsExt as _;
-    let new = path.with_extension("new");
-    let write = || {
-        let _ = std::fs::remove_file(&new);
-        let mut file = std::fs::OpenOptions::new().create_new(true).write(true).mode(0o600).open(&new)?;
-        file.write_all(text.as_bytes())?;
-        std::fs::rename(&new, path)
-    };
-    write().map_err(at(path))
 }
 
 /// The media types of issuance (RFC 9578 §8.3).

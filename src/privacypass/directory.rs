@@ -300,20 +300,14 @@ fn read(path: &Path, issuer: &Issuer) -> Result<(Keys, Keys), String> {
     Ok((keys_of(issuer, kept.document.as_bytes())?, gone.collect()))
 }
 
-/// Writes what is to be kept, whole or not at all.
+/// Writes what is to be kept.
 fn write(path: &Path, issuer: &Issuer, document: &[u8]) -> std::io::Result<()> {
     let gone = issuer.gone().into_iter().map(|(key, until)| (BASE64URL.encode(key.token_key()), until.as_secs()));
     let kept = Kept { document: String::from_utf8_lossy(document).into_owned(), gone: gone.collect() };
-    let octets = serde_json::to_vec(&kept)?;
-    if std::fs::read(path).is_ok_and(|before| before == octets) {
-        return Ok(());
-    }
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
     }
-    let new = path.with_extension("new");
-    std::fs::write(&new, octets)?;
-    std::fs::rename(&new, path)
+    crate::files::replace(path, &serde_json::to_vec(&kept)?)
 }
 
 #[cfg(test)]
