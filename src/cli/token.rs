@@ -4,7 +4,8 @@
 use super::read;
 use crate::issuer::{DIRECTORY_PATH, media_type};
 use crate::privacypass::client::{self, Challenge, TokenRequest};
-use crate::privacypass::directory::{Document, MOST, reason};
+use crate::privacypass::directory::Document;
+use crate::privacypass::https::{self, reason};
 use crate::privacypass::{type_of, unix_now};
 use crate::tls;
 use clap::Args;
@@ -176,12 +177,7 @@ impl Token {
             None => tls::system_roots().map_err(|e| format!("the system's roots: {e}"))?,
         };
         let tls = tls::client_config(roots, identity).map_err(|e| e.to_string())?;
-        let builder = Client::builder()
-            .tls_backend_preconfigured(tls)
-            .https_only(true)
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .timeout(PATIENCE);
+        let builder = https::client(tls, PATIENCE);
         let builder = self.resolve.iter().fold(builder, |builder, (host, address)| builder.resolve(host, *address));
         builder.build().map_err(|e| reason(&e))
     }
@@ -190,19 +186,10 @@ impl Token {
 /// The body of an answer of this media type, bounded.
 async fn body(answer: reqwest::Result<Response>, url: &Url, media_type: &str) -> Result<Vec<u8>, Failed> {
     let mut answer = answer.map_err(|e| format!("{url}: {}", reason(&e)))?;
-    let mut octets = vec![];
-    while let Some(part) = answer.chunk().await.map_err(|e| format!("{url}: {}", reason(&e)))? {
-        octets.extend_from_slice(&part);
-        if octets.len() > MOST {
-            return Err(format!("{url}: over {MOST} octets"));
-        }
-    }
+    let octets = https::body(&mut answer).await.map_err(|e| format!("{url}: {e}"))?;
     if !answer.status().is_success() {
         return Err(format!("{url}: {}: {:?}", answer.status(), String::from_utf8_lossy(&octets).trim()));
     }
-    let of = answer.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    if !of.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(media_type) {
-        return Err(format!("{url}: it answers with {of:?}, not {media_type}"));
-    }
+    https::expect_type(answer.headers(), media_type).map_err(|e| format!("{url}: {e}"))?;
     Ok(octets)
 }

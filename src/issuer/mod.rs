@@ -19,7 +19,6 @@ use keys::{Kept, Pair};
 use parking_lot::{Mutex, RwLock};
 use privacypass::TokenType;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Where token requests go.
@@ -70,7 +69,7 @@ pub struct Issuer {
     /// Held while keys are made; what the files have.
     written: Mutex<Vec<(PathBuf, String)>>,
     /// Of all types, those of later times first.
-    pairs: RwLock<Arc<Vec<Pair>>>,
+    pairs: RwLock<Vec<Pair>>,
 }
 
 /// What its directory says, and for how many seconds that is so.
@@ -100,7 +99,7 @@ impl Issuer {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => vec![],
             Err(e) => return Err(at(&file)(e)),
         };
-        let (pairs, written) = (RwLock::new(Arc::new(pairs)), Mutex::default());
+        let (pairs, written) = (RwLock::new(pairs), Mutex::default());
         let issuer = Self { dir: dir.into(), rotate, keep, written, pairs };
         issuer.advance(now, false)?;
         Ok(issuer)
@@ -115,7 +114,7 @@ impl Issuer {
         // One at a time: two would make different keys for the same time. What only looks need not wait.
         let guard = if at_once { Some(self.written.lock()) } else { self.written.try_lock() };
         let Some(mut written) = guard else { return Ok(false) };
-        let mut pairs: Vec<Pair> = self.pairs.read().to_vec();
+        let mut pairs = self.pairs.read().clone();
         // Each is put before the others: in the order of their numbers, at last.
         for kind in TYPES.into_iter().rev() {
             let newest = |pairs: &[Pair]| pairs.iter().filter(|p| p.public.kind() == kind).map(|p| p.from).max();
@@ -136,35 +135,20 @@ impl Issuer {
         }
         pairs.sort_by_key(|pair| std::cmp::Reverse(pair.from));
         let gone = self.overlap() + self.keep.as_secs();
-        pairs = self.without_followed(pairs, now, gone);
+        pairs = without_followed(pairs, now, gone);
         let all = self.files(&pairs, now);
         if *written == all {
             return Ok(false);
         }
         all.iter().try_for_each(|(path, text)| files::replace(path, text.as_bytes()).map_err(at(path)))?;
         *written = all;
-        *self.pairs.write() = Arc::new(pairs);
+        *self.pairs.write() = pairs;
         Ok(true)
-    }
-
-    /// Those that none of their type has followed for so long.
-    fn without_followed(&self, mut pairs: Vec<Pair>, now: u64, for_seconds: u64) -> Vec<Pair> {
-        let mut followed: Vec<TokenType> = vec![];
-        pairs.retain(|pair| {
-            let kind = pair.public.kind();
-            let over = followed.contains(&kind);
-            if pair.from + for_seconds <= now {
-                followed.push(kind);
-            }
-            !over
-        });
-        pairs
     }
 
     /// Those that issue, or will.
     fn issuing(&self, now: u64) -> Vec<Pair> {
-        let pairs = self.pairs.read().to_vec();
-        self.without_followed(pairs, now, self.overlap())
+        without_followed(self.pairs.read().clone(), now, self.overlap())
     }
 
     /// A next key is known for so long before its time, and a previous one used for so long after.
@@ -238,6 +222,20 @@ impl Issuer {
         let mut used = pairs.iter().filter(|pair| pair.public.kind() == kind && pair.from <= now);
         used.find(|pair| pair.truncated_id() == id).ok_or(IssueError::NoKey)?.issue(request).await
     }
+}
+
+/// Those that none of their type has followed for so long.
+fn without_followed(mut pairs: Vec<Pair>, now: u64, for_seconds: u64) -> Vec<Pair> {
+    let mut followed: Vec<TokenType> = vec![];
+    pairs.retain(|pair| {
+        let kind = pair.public.kind();
+        let over = followed.contains(&kind);
+        if pair.from + for_seconds <= now {
+            followed.push(kind);
+        }
+        !over
+    });
+    pairs
 }
 
 /// The media types of issuance (RFC 9578 §8.3).

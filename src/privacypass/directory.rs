@@ -2,6 +2,7 @@
 //! and asked again before they run out. An issuer that does not answer keeps the keys that it was last heard of with, over
 //! restarts too where there is a directory to keep them in.
 
+use super::https::{self, reason};
 use super::issuer::Issuer;
 use super::key::{Key, MOST_KEYS};
 use super::token::BASE64URL;
@@ -18,9 +19,6 @@ use std::time::{Duration, SystemTime};
 
 /// The media type of a directory (RFC 9578 §8.3).
 pub const MEDIA_TYPE: &str = "application/private-token-issuer-directory";
-
-/// Octets of a directory that are read.
-pub(crate) const MOST: usize = 64 << 10;
 
 /// For a whole answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -197,20 +195,8 @@ fn begin(issuer: &Weak<Issuer>, grace: Duration) -> Option<(Directory, Result<re
             Err(e) => tracing::warn!("{}: {e}", file.display()),
         }
     }
-    let client = reqwest::Client::builder()
-        .tls_backend_preconfigured(directory.tls.clone())
-        .https_only(true)
-        .redirect(reqwest::redirect::Policy::none())
-        .no_proxy()
-        .timeout(PATIENCE)
-        .build();
+    let client = https::client(directory.tls.clone(), PATIENCE).build();
     Some((directory, client.map_err(|e| reason(&e))))
-}
-
-/// All of what went wrong: reqwest's own word says little.
-pub(crate) fn reason(e: &(dyn std::error::Error + 'static)) -> String {
-    let causes = std::iter::successors(Some(e), |e| e.source()).map(ToString::to_string);
-    causes.collect::<Vec<_>>().join(": ")
 }
 
 /// When to ask again: when a fifth of its time is left.
@@ -271,19 +257,8 @@ async fn fetch(
         StatusCode::NOT_MODIFIED => return Ok((head, vec![])),
         other => return Err(format!("it answers {other}")),
     }
-    let media_type =
-        answer.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let essence = media_type.split(';').next().unwrap_or_default().trim();
-    if !essence.eq_ignore_ascii_case(MEDIA_TYPE) {
-        return Err(format!("it answers with {media_type:?}"));
-    }
-    let mut body = vec![];
-    while let Some(part) = answer.chunk().await.map_err(|e| reason(&e))? {
-        body.extend_from_slice(&part);
-        if body.len() > MOST {
-            return Err(format!("it has over {MOST} octets"));
-        }
-    }
+    https::expect_type(answer.headers(), MEDIA_TYPE)?;
+    let body = https::body(&mut answer).await?;
     Ok((head, body))
 }
 

@@ -11,6 +11,7 @@
 mod challenge;
 pub mod client;
 pub(crate) mod directory;
+pub(crate) mod https;
 mod issuer;
 mod key;
 mod pool;

@@ -154,7 +154,8 @@ impl Spent {
     /// Takes a token of `epoch` in hand on this node; `current` is the epoch now.
     ///
     /// # Errors
-    /// [`TokenProblem::Spent`], [`TokenProblem::StoreFull`], [`TokenProblem::Expired`].
+    /// [`TokenProblem::Spent`], [`TokenProblem::StoreUnavailable`] (it is on its way back), [`TokenProblem::StoreFull`],
+    /// [`TokenProblem::Expired`].
     pub fn reserve(this: &Arc<Self>, nonce: Nonce, epoch: u64, current: u64) -> Result<Reservation, TokenProblem> {
         let print = this.print(&nonce);
         let taken = {
