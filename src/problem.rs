@@ -137,6 +137,8 @@ pub enum Refusal {
     SenderMismatch,
     /// The sender is not on the list of peers.
     PeerNotAllowed,
+    /// The sender's certificate has none of the keys that are known of this provider.
+    WrongKey,
     /// Limits are exceeded.
     Limited {
         /// Which, by the limits' own names.
@@ -161,10 +163,22 @@ pub enum Refusal {
         /// When one may be.
         retry_after: Duration,
     },
+    /// The Delivery Service node has as many requests as it may have, and so has its queue.
+    NodeBusy {
+        /// When to try again.
+        retry_after: Duration,
+    },
     /// The Delivery Service cannot be reached, or its answer is no HTTP.
     BadGateway,
     /// The Delivery Service does not answer in time.
     GatewayTimeout,
+    /// The other provider has said to wait, and this provider's node asks before that.
+    ToldToWait {
+        /// How long.
+        retry_after: Duration,
+    },
+    /// The other provider's Delivery Service cannot be found.
+    Undiscovered(&'static str),
     /// A fault of the gateway itself.
     Internal,
 }
@@ -189,12 +203,12 @@ impl Refusal {
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
-            Self::SenderMismatch | Self::PeerNotAllowed => StatusCode::FORBIDDEN,
-            Self::Limited { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::NoNode { .. } | Self::LimitsUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::SenderMismatch | Self::PeerNotAllowed | Self::WrongKey => StatusCode::FORBIDDEN,
+            Self::Limited { .. } | Self::ToldToWait { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::NoNode { .. } | Self::NodeBusy { .. } | Self::LimitsUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Token { problem, .. } if problem.retry_after().is_some() => StatusCode::SERVICE_UNAVAILABLE,
             Self::Token { .. } => StatusCode::UNAUTHORIZED,
-            Self::BadGateway => StatusCode::BAD_GATEWAY,
+            Self::BadGateway | Self::Undiscovered(_) => StatusCode::BAD_GATEWAY,
             Self::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -213,12 +227,16 @@ impl Refusal {
             Self::Misdirected(_) => "misdirected",
             Self::SenderMismatch => "sender-mismatch",
             Self::PeerNotAllowed => "peer-not-allowed",
+            Self::WrongKey => "wrong-key",
             Self::Limited { .. } => "limited",
             Self::LimitsUnavailable { .. } => "limits-unavailable",
             Self::Token { problem, .. } => problem.name(),
             Self::NoNode { .. } => "no-node",
+            Self::NodeBusy { .. } => "node-busy",
             Self::BadGateway => "bad-gateway",
             Self::GatewayTimeout => "gateway-timeout",
+            Self::ToldToWait { .. } => "told-to-wait",
+            Self::Undiscovered(_) => "undiscovered",
             Self::Internal => "internal",
         }
     }
@@ -235,12 +253,16 @@ impl Refusal {
             Self::Misdirected(_) => "The request is not for this provider",
             Self::SenderMismatch => "The sender is not the provider of the client certificate",
             Self::PeerNotAllowed => "The sender may not send here",
+            Self::WrongKey => "The client certificate has no key that is known of this sender",
             Self::Limited { .. } => "A limit is exceeded",
             Self::LimitsUnavailable { .. } => "Limits cannot be asked at the moment",
             Self::Token { problem, .. } => problem.title(),
             Self::NoNode { .. } => "The Delivery Service is not available",
+            Self::NodeBusy { .. } => "The Delivery Service has too many requests under way",
             Self::BadGateway => "The Delivery Service could not be reached",
             Self::GatewayTimeout => "The Delivery Service did not answer in time",
+            Self::ToldToWait { .. } => "The other provider has said to wait",
+            Self::Undiscovered(_) => "The other provider's Delivery Service cannot be found",
             Self::Internal => "The gateway failed",
         }
     }
@@ -262,7 +284,7 @@ impl Refusal {
         });
         if let Some(fields) = document.as_object_mut() {
             match self {
-                Self::BadHttp(detail) => {
+                Self::BadHttp(detail) | Self::Undiscovered(detail) => {
                     fields.insert("detail".into(), json!(detail));
                 }
                 Self::Malformed(error) => {
@@ -322,7 +344,7 @@ impl Refusal {
                 }
             }
             Self::LimitsUnavailable { .. } => headers.push((header::RETRY_AFTER, HeaderValue::from(1u64))),
-            Self::NoNode { retry_after } => {
+            Self::NoNode { retry_after } | Self::NodeBusy { retry_after } | Self::ToldToWait { retry_after } => {
                 headers.push((header::RETRY_AFTER, HeaderValue::from(seconds_up(*retry_after).max(1))));
             }
             _ => {}
@@ -348,6 +370,7 @@ pub const REASONS: &[&str] = &[
     "misdirected",
     "sender-mismatch",
     "peer-not-allowed",
+    "wrong-key",
     "limited",
     "limits-unavailable",
     "token-missing",
@@ -363,8 +386,11 @@ pub const REASONS: &[&str] = &[
     "token-busy",
     "token-no-key",
     "no-node",
+    "node-busy",
     "bad-gateway",
     "gateway-timeout",
+    "told-to-wait",
+    "undiscovered",
     "internal",
 ];
 

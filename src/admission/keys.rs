@@ -87,6 +87,26 @@ impl Hasher {
         Key(self.sip(9 | ABSENT, &[]))
     }
 
+    /// The key of a source's handshakes.
+    pub(super) fn handshake_key(&self, ip: IpAddr) -> Key {
+        Key(self.sip(10, &self.source(ip).to_be_bytes()))
+    }
+
+    /// The overflow bucket of sources that begin handshakes.
+    pub(super) fn handshakes(&self) -> Key {
+        Key(self.sip(10 | ABSENT, &[]))
+    }
+
+    /// The key of a source's open connections.
+    pub(super) fn open_key(&self, ip: IpAddr) -> Key {
+        Key(self.sip(11, &self.source(ip).to_be_bytes()))
+    }
+
+    /// The key of a provider's open connections.
+    pub(super) fn open_provider_key(&self, provider: &str) -> Key {
+        Key(self.sip(12, provider.as_bytes()))
+    }
+
     /// The attributes of a request that any limit asks for, hashed once for all limits.
     #[inline]
     pub(super) fn parts(&self, subject: &Subject<'_>) -> [u128; PARTS] {

@@ -11,7 +11,7 @@ mod identity;
 mod keys;
 mod policy;
 
-pub use identity::{PeerIdentity, Peers, bind_sender};
+pub use identity::{PeerIdentity, Peers, Pin, bind_sender};
 pub use policy::{Concurrency, KeyParts, Limit, Policy, Scope, TokenUse, Unit};
 
 use crate::dialect::{self, Member, Operation};
@@ -403,6 +403,31 @@ impl Admission {
             _ => None,
         });
         Err(self.violated("bad-tokens", Unit::Requests, &check, retry_after))
+    }
+
+    /// Whether a source may begin another handshake, and that it does. This node's own count, wherever limits are kept.
+    pub fn handshake(&self, ip: IpAddr, gcra: Gcra) -> bool {
+        let check = Check {
+            key: self.hasher.handshake_key(ip),
+            gcra,
+            cost: 1,
+            enforce: true,
+            exempt: false,
+            on_failure: Default::default(),
+            overflow: self.hasher.handshakes(),
+            top_up: None,
+        };
+        self.limiter.decide_here(&Ask { charge: true, ..Ask::of(&[check]) }, &mut Outcomes::new())
+    }
+
+    /// Counts a connection among those that are open of an address.
+    pub fn open_of_ip(&self, ip: IpAddr, most: u32) -> Option<Ticket> {
+        self.limiter.in_flight().enter(self.hasher.open_key(ip), most)
+    }
+
+    /// Counts a connection among those that are open of a provider.
+    pub fn open_of_provider(&self, provider: &str, most: u32) -> Option<Ticket> {
+        self.limiter.in_flight().enter(self.hasher.open_provider_key(provider), most)
     }
 
     /// Counts what the limits said of a request: refusals always, the rest only of requests that none refused.

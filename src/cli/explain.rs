@@ -177,7 +177,10 @@ impl Explain {
             return Outcome::Refused(Refusal::Misdirected("recipient"), Some(envelope));
         }
         let identity =
-            (!self.peer.is_empty()).then(|| PeerIdentity { dns_names: vec![self.peer.to_ascii_lowercase()] });
+            (!self.peer.is_empty()).then(|| PeerIdentity {
+                dns_names: vec![self.peer.to_ascii_lowercase()],
+                ..PeerIdentity::default()
+            });
         match bind_sender(&envelope.sender, identity.as_ref(), &Peers::default()) {
             Ok(_) => Outcome::Accept(envelope),
             Err(refusal) => Outcome::Refused(refusal, Some(envelope)),

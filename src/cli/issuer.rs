@@ -69,7 +69,7 @@ impl Issuer {
         };
         let certificate = tls::Certificate::new(&chain, &key)?;
         let store = tls::CertificateStore::new(vec![certificate]).ok_or("there is no certificate")?;
-        let tls = tls::server_config(Arc::new(store), &crate::config::ClientAuth::Off)?;
+        let tls = tls::server_config(Arc::new(store), None, None)?;
         let listener = TcpListener::bind(self.listen).map_err(|e| format!("{}: {e}", self.listen))?;
         let address = listener.local_addr()?;
         tracing::warn!("for development only: tokens for anyone who asks");

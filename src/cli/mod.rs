@@ -23,8 +23,11 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the gateway until SIGTERM (requests under way end first) or SIGINT (at once); SIGHUP reloads limits
-    Run(ConfigFile),
+    /// Run the gateway until SIGTERM (requests under way end first) or SIGINT (at once)
+    ///
+    /// SIGHUP reads the configuration again. SIGUSR2 starts this binary again, as the file is then, and hands it the
+    /// listening sockets: a new version takes over without a request lost.
+    Run(Run),
     /// Check a configuration and the files it names, say all that is wrong, and exit
     Check(ConfigFile),
     /// Say what the gateway makes of a request, offline
@@ -33,6 +36,16 @@ enum Command {
     Issuer(issuer::Issuer),
     /// Have a gateway challenge a request, get a token for it, and print the Authorization line
     Token(token::Token),
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    #[command(flatten)]
+    file: ConfigFile,
+    /// Take over from a running gateway, which SIGUSR2 has told to start this one: the socket that it sends listening
+    /// sockets to
+    #[arg(long, value_name = "SOCKET", hide = true)]
+    upgrade: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -45,7 +58,7 @@ struct ConfigFile {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Run(file) => run(&file),
+        Command::Run(how) => run(&how),
         Command::Check(file) => match load(&file) {
             Some(config) => {
                 let (listeners, limits) = (config.listeners.len(), config.policy.scopes().count());
@@ -67,14 +80,18 @@ fn load(file: &ConfigFile) -> Option<Config> {
     Some(config)
 }
 
-fn run(file: &ConfigFile) -> ExitCode {
+fn run(how: &Run) -> ExitCode {
     log_to_stderr();
+    let file = &how.file;
     let Some(config) = load(file) else { return ExitCode::FAILURE };
     for listener in &config.listeners {
         tracing::info!(address = %listener.address, "listening for other providers");
     }
-    tracing::info!(address = %config.admin, "listening for operators: /metrics /healthz /readyz");
-    match crate::gateway::run(config, &file.config) {
+    if let Some(egress) = &config.egress {
+        tracing::info!(address = %egress.address, "listening for this provider's own nodes");
+    }
+    tracing::info!(address = %config.admin, "listening for operators: /metrics /healthz /readyz /reload");
+    match crate::gateway::run(config, &file.config, how.upgrade.as_deref()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("moh-gateway: {e}");

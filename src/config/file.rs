@@ -14,7 +14,14 @@ pub(super) struct File {
     pub(super) listener: Spanned<Vec<Listener>>,
     pub(super) certificate: Spanned<Vec<Certificate>>,
     #[serde(default)]
+    pub(super) tls: Tls,
+    #[serde(default)]
     pub(super) timeouts: Timeouts,
+    #[serde(default)]
+    pub(super) connections: Connections,
+    #[serde(default)]
+    pub(super) http2: Http2,
+    pub(super) egress: Option<Egress>,
     pub(super) delivery_service: DeliveryService,
     #[serde(default)]
     pub(super) peers: Peers,
@@ -55,7 +62,138 @@ pub(super) struct Listener {
     pub(super) address: Spanned<String>,
     #[serde(default)]
     pub(super) client_certificates: ClientCertificates,
-    pub(super) client_ca: Option<Spanned<PathBuf>>,
+    pub(super) client_ca: Option<Spanned<Paths>>,
+    pub(super) client_crl: Option<Spanned<Paths>>,
+    #[serde(default)]
+    pub(super) proxy_protocol: Vec<Spanned<String>>,
+}
+
+/// A path, or a list of them; for roots "system" is the system's.
+#[derive(Debug, Deserialize, Clone)]
+#[serde(untagged)]
+pub(super) enum Paths {
+    One(PathBuf),
+    Many(Vec<PathBuf>),
+}
+
+impl Paths {
+    /// The system's roots are meant.
+    pub(super) fn is_system(&self) -> bool {
+        matches!(self, Self::One(path) if path.as_os_str() == "system")
+    }
+
+    pub(super) fn list(&self) -> &[PathBuf] {
+        match self {
+            Self::One(path) => std::slice::from_ref(path),
+            Self::Many(paths) => paths,
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Tls {
+    pub(super) tickets: bool,
+    pub(super) ticket_secret_file: Option<Spanned<PathBuf>>,
+    pub(super) ticket_rotation: Spanned<Span>,
+    pub(super) watch_every: Span,
+}
+
+impl Default for Tls {
+    fn default() -> Self {
+        Self {
+            tickets: true,
+            ticket_secret_file: None,
+            ticket_rotation: milliseconds::<21_600_000>(),
+            watch_every: seconds::<10>(),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Connections {
+    pub(super) max: Spanned<u32>,
+    pub(super) per_ip: Spanned<u32>,
+    pub(super) per_provider: Spanned<u32>,
+    pub(super) handshakes_per_ip: Spanned<Rate>,
+    pub(super) handshakes_burst: Spanned<Burst>,
+    pub(super) handshakes_at_once: Spanned<u32>,
+    pub(super) exempt: Vec<Spanned<String>>,
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self {
+            max: unplaced(20_000),
+            per_ip: unplaced(1_000),
+            per_provider: unplaced(2_000),
+            handshakes_per_ip: unplaced(Rate { count: 100, period: Duration::from_secs(1), octets: false }),
+            handshakes_burst: unplaced(Burst { count: 1_000, octets: false }),
+            handshakes_at_once: unplaced(2_000),
+            exempt: vec![],
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Http2 {
+    pub(super) max_streams: Spanned<u32>,
+    pub(super) max_header_list: Spanned<Size>,
+    pub(super) control_frames: Spanned<Rate>,
+    pub(super) control_burst: Spanned<Burst>,
+}
+
+impl Default for Http2 {
+    fn default() -> Self {
+        Self {
+            max_streams: unplaced(100),
+            max_header_list: unplaced(Size(16 << 10)),
+            control_frames: unplaced(Rate { count: 100, period: Duration::from_secs(1), octets: false }),
+            control_burst: unplaced(Burst { count: 1_000, octets: false }),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Egress {
+    pub(super) address: Spanned<String>,
+    pub(super) client_ca: Option<Spanned<Paths>>,
+    #[serde(default)]
+    pub(super) client_names: Vec<Spanned<String>>,
+    pub(super) certificate: Option<Spanned<PathBuf>>,
+    pub(super) key: Option<Spanned<PathBuf>>,
+    #[serde(default = "system")]
+    pub(super) ca: Spanned<Paths>,
+    #[serde(default = "seconds::<5>")]
+    pub(super) connect_timeout: Span,
+    #[serde(default = "seconds::<30>")]
+    pub(super) read_timeout: Span,
+    #[serde(default = "seconds::<5>")]
+    pub(super) discovery_timeout: Span,
+    #[serde(default)]
+    pub(super) allow_private: bool,
+    #[serde(default)]
+    pub(super) peer: Vec<EgressPeer>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EgressPeer {
+    pub(super) provider: Spanned<String>,
+    pub(super) ds_domain: Option<Spanned<String>>,
+    pub(super) address: Option<Spanned<String>>,
+}
+
+fn system() -> Spanned<Paths> {
+    unplaced(Paths::One("system".into()))
+}
+
+/// A default: it stands at no place of the file.
+fn unplaced<T>(value: T) -> Spanned<T> {
+    Spanned::new(0..0, value)
 }
 
 #[derive(Debug, Deserialize)]
@@ -63,6 +201,7 @@ pub(super) struct Listener {
 pub(super) struct Certificate {
     pub(super) chain: Spanned<PathBuf>,
     pub(super) key: Spanned<PathBuf>,
+    pub(super) ocsp: Option<Spanned<PathBuf>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -113,7 +252,76 @@ pub(super) struct DeliveryService {
     pub(super) keepalive: Span,
     #[serde(default = "seconds::<1>")]
     pub(super) eject_for: Span,
+    #[serde(default = "seconds::<60>")]
+    pub(super) eject_max: Span,
+    #[serde(default = "number::<5>")]
+    pub(super) eject_after: Spanned<u32>,
+    pub(super) slow_start: Option<Span>,
+    pub(super) max_requests: Option<Spanned<u32>>,
+    #[serde(default = "number::<100>")]
+    pub(super) queue: Spanned<u32>,
+    #[serde(default = "seconds::<1>")]
+    pub(super) queue_timeout: Span,
+    #[serde(default = "seconds::<30>")]
+    pub(super) resolve_every: Span,
+    pub(super) health: Option<Health>,
+    #[serde(default)]
+    pub(super) fields: Fields,
     pub(super) node: Spanned<Vec<Node>>,
+}
+
+#[derive(Debug, Deserialize, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Check {
+    Tcp,
+    Http,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Health {
+    pub(super) check: Check,
+    pub(super) path: Option<Spanned<String>>,
+    #[serde(default = "seconds::<2>")]
+    pub(super) interval: Span,
+    #[serde(default = "seconds::<1>")]
+    pub(super) timeout: Span,
+    #[serde(default = "number::<2>")]
+    pub(super) rise: Spanned<u32>,
+    #[serde(default = "number::<3>")]
+    pub(super) fall: Spanned<u32>,
+}
+
+/// Names of fields; an empty one is not sent.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Fields {
+    pub(super) provider: Spanned<String>,
+    pub(super) forwarded: Spanned<String>,
+    pub(super) client_cert: Spanned<String>,
+    pub(super) client_cert_chain: Spanned<String>,
+    pub(super) tls: Spanned<String>,
+    pub(super) request_id: Spanned<String>,
+    pub(super) traceparent: Spanned<String>,
+}
+
+impl Default for Fields {
+    fn default() -> Self {
+        let name = |name: &str| unplaced(name.to_owned());
+        Self {
+            provider: name("x-moh-provider"),
+            forwarded: name("forwarded"),
+            client_cert: name(""),
+            client_cert_chain: name(""),
+            tls: name(""),
+            request_id: name("x-request-id"),
+            traceparent: name("traceparent"),
+        }
+    }
+}
+
+fn number<const N: u32>() -> Spanned<u32> {
+    unplaced(N)
 }
 
 fn seconds<const N: u64>() -> Span {
@@ -126,15 +334,25 @@ pub(super) enum Protocol {
     #[default]
     Http1,
     H2c,
+    H2,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Node {
     pub(super) address: Spanned<String>,
-    #[serde(default)]
-    pub(super) protocol: Protocol,
+    pub(super) protocol: Option<Spanned<Protocol>>,
     pub(super) weight: Option<Spanned<u32>>,
+    pub(super) tls: Option<Spanned<NodeTls>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NodeTls {
+    pub(super) ca: Spanned<Paths>,
+    pub(super) name: Option<Spanned<String>>,
+    pub(super) certificate: Option<Spanned<PathBuf>>,
+    pub(super) key: Option<Spanned<PathBuf>>,
 }
 
 #[derive(Debug, Deserialize, Default)]
@@ -142,7 +360,18 @@ pub(super) struct Node {
 pub(super) struct Peers {
     pub(super) allow: Option<Vec<Spanned<String>>>,
     #[serde(default)]
+    pub(super) deny: Vec<Spanned<String>>,
+    #[serde(default)]
     pub(super) named: Vec<Spanned<String>>,
+    #[serde(default)]
+    pub(super) pin: Vec<Pin>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Pin {
+    pub(super) provider: Spanned<String>,
+    pub(super) spki_sha256: Spanned<Vec<Spanned<String>>>,
 }
 
 #[derive(Debug, Deserialize, Clone, Copy, PartialEq, Eq, Default)]

@@ -6,13 +6,16 @@ mod resolve;
 mod units;
 
 use crate::admission::{Peers, Policy};
+use crate::egress;
 use crate::limiter::fleet;
+use crate::limiter::gcra::Gcra;
 use crate::privacypass;
-use crate::tls::CertificateStore;
+use crate::tls::{Certificate, CertificateFiles, Trust, TrustFiles};
 use crate::upstream;
 use crate::wire::ProviderName;
+use http::HeaderName;
+use ipnet::IpNet;
 use resolve::Resolver;
-use rustls::RootCertStore;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,12 +28,29 @@ pub struct Config {
     pub provider: Provider,
     /// Where strangers come in.
     pub listeners: Vec<Listener>,
-    /// The certificates shown to them.
-    pub certificates: Arc<CertificateStore>,
+    /// The certificates shown to them: at least one, each with the files it is from.
+    pub certificates: Vec<(CertificateFiles, Certificate)>,
+    /// Session tickets, where there are any.
+    pub tickets: Option<TicketSettings>,
+    /// How often files of certificates, keys and roots are looked at.
+    pub watch_every: Duration,
+    /// What connections are held to.
+    pub connections: ConnectionLimits,
+    /// What HTTP/2 connections are held to.
+    pub http2: Http2,
     /// How long things may take.
     pub timeouts: Timeouts,
     /// The Delivery Service's nodes.
     pub upstream: upstream::Settings,
+    /// What the Delivery Service learns of a request, and in which fields.
+    pub fields: Fields,
+    /// The door for this provider's own nodes, to other providers.
+    pub egress: Option<Egress>,
+    /// Files besides those of `certificates` and of listeners whose change is a change of the configuration: of nodes, egress
+    /// and tickets.
+    pub watched: Vec<PathBuf>,
+    /// The text that this was read from.
+    pub text: Arc<str>,
     /// Who may send.
     pub peers: Peers,
     /// Octets a body may have, by endpoint name; endpoints not named have their own bound.
@@ -89,6 +109,8 @@ pub struct Listener {
     pub address: SocketAddr,
     /// Whether it asks for client certificates.
     pub client_auth: ClientAuth,
+    /// Load balancers: their connections begin with a header of the PROXY protocol, version 2.
+    pub proxy_protocol: Vec<IpNet>,
 }
 
 /// What is asked of clients.
@@ -96,10 +118,118 @@ pub struct Listener {
 pub enum ClientAuth {
     /// No certificate.
     Off,
-    /// One that is sent must chain to these roots.
-    Optional(Arc<RootCertStore>),
-    /// One must be sent and chain to these roots.
-    Required(Arc<RootCertStore>),
+    /// One that is sent must be trusted.
+    Optional(Trusted),
+    /// One must be sent and be trusted.
+    Required(Trusted),
+}
+
+/// Whose certificates are trusted, and the files that say so.
+#[derive(Debug, Clone)]
+pub struct Trusted {
+    /// The files.
+    pub files: TrustFiles,
+    /// What they say.
+    pub trust: Arc<Trust>,
+}
+
+/// Session tickets.
+#[derive(Clone, PartialEq, Eq)]
+pub struct TicketSettings {
+    /// What their keys are made from, the same on every gateway of a fleet. None: of this process.
+    pub secret: Option<Vec<u8>>,
+    /// How long a key is in use.
+    pub rotation: Duration,
+}
+
+impl std::fmt::Debug for TicketSettings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TicketSettings").field("rotation", &self.rotation).finish_non_exhaustive()
+    }
+}
+
+/// What connections are held to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConnectionLimits {
+    /// Open at once.
+    pub max: u32,
+    /// Open at once from an address.
+    pub per_ip: u32,
+    /// Open at once with certificates of a provider.
+    pub per_provider: u32,
+    /// Handshakes from an address.
+    pub handshakes_per_ip: Gcra,
+    /// Handshakes in flight.
+    pub handshakes_at_once: u32,
+    /// Networks without limits per address.
+    pub exempt: Vec<IpNet>,
+    /// Bits of an IPv6 address that are one source.
+    pub ipv6_prefix: u8,
+}
+
+/// What HTTP/2 connections are held to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Http2 {
+    /// Streams at once.
+    pub max_streams: u32,
+    /// Octets of a request's fields.
+    pub max_header_list: u32,
+    /// Frames that move no request on.
+    pub control: Gcra,
+}
+
+/// The fields that the Delivery Service learns from. None: it is not told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fields {
+    /// The authenticated provider.
+    pub provider: Option<HeaderName>,
+    /// The client's address (RFC 7239).
+    pub forwarded: Option<HeaderName>,
+    /// The client's certificate (RFC 9440).
+    pub client_cert: Option<HeaderName>,
+    /// The rest of its chain (RFC 9440).
+    pub client_cert_chain: Option<HeaderName>,
+    /// What TLS was negotiated.
+    pub tls: Option<HeaderName>,
+    /// The request's ID.
+    pub request_id: Option<HeaderName>,
+    /// Its trace (W3C Trace Context).
+    pub traceparent: Option<HeaderName>,
+}
+
+impl Fields {
+    /// All names.
+    pub fn names(&self) -> impl Iterator<Item = &HeaderName> {
+        [
+            &self.provider,
+            &self.forwarded,
+            &self.client_cert,
+            &self.client_cert_chain,
+            &self.tls,
+            &self.request_id,
+            &self.traceparent,
+        ]
+        .into_iter()
+        .flatten()
+    }
+}
+
+/// The door for this provider's own nodes.
+#[derive(Debug, Clone)]
+pub struct Egress {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Whose certificates its clients must have, and the names of which one is in them. None: it is on the loopback, and
+    /// speaks without TLS.
+    pub clients: Option<(Trusted, Vec<String>)>,
+    /// How other providers are found, and what is shown to them.
+    pub discovery: egress::Settings,
+    /// The roots that others' servers chain to, as DER. None: the system's.
+    pub roots: Option<Vec<Vec<u8>>>,
+    /// For a connection.
+    pub connect_timeout: Duration,
+    /// Between two reads of an answer.
+    pub read_timeout: Duration,
 }
 
 /// How long things may take.
@@ -186,7 +316,7 @@ impl Config {
             let key = Some(key).filter(|path| path != ".").unwrap_or_default();
             vec![resolver.error(at, key, e.inner().message().to_owned())]
         })?;
-        let config = resolver.config(file);
+        let config = resolver.config(file, text.into());
         match config {
             Some(config) if resolver.is_content() => Ok(Self { hints: resolver.into_hints(), ..config }),
             _ => Err(resolver.into_errors()),

@@ -1,18 +1,20 @@
 //! From what the operator wrote to what the program uses: everything is checked, the files it names are read, and what is
 //! wrong is noted with its place, so that all of it can be said at once.
 
+mod connections;
+mod egress;
 mod limits;
 mod privacy_pass;
+mod tls;
+mod upstream;
 
-use super::{AccessLog, ClientAuth, Config, Error, Listener, Provider, Timeouts, file, units};
-use crate::admission::{Peers, Policy};
+use super::{AccessLog, ClientAuth, Config, Error, Provider, Timeouts, file, units};
+use crate::admission::Policy;
 use crate::dialect;
 use crate::limiter::fleet;
-use crate::tls::{self, CertificateStore};
-use crate::upstream;
 use crate::wire::ProviderName;
 use limits::Around;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use toml::Spanned;
@@ -26,11 +28,13 @@ pub(super) struct Resolver<'a> {
     text: &'a str,
     errors: Vec<Error>,
     hints: Vec<Error>,
+    /// Files whose change is a change of the configuration.
+    watched: Vec<PathBuf>,
 }
 
 impl<'a> Resolver<'a> {
     pub(super) fn new(path: &'a Path, text: &'a str) -> Self {
-        Self { path, text, errors: vec![], hints: vec![] }
+        Self { path, text, errors: vec![], hints: vec![], watched: vec![] }
     }
 
     /// Whether nothing was wrong so far.
@@ -102,19 +106,19 @@ impl<'a> Resolver<'a> {
     }
 
     /// Resolves a file; what is wrong with it is noted.
-    pub(super) fn config(&mut self, file: file::File) -> Option<Config> {
+    pub(super) fn config(&mut self, file: file::File, text: Arc<str>) -> Option<Config> {
         let provider = self.provider(&file.provider);
         let listeners = self.listeners(&file.listener);
-        let certificates = self.certificates(&file.certificate);
+        let certificates = self.certificates(&file.certificate, provider.as_ref());
+        let tickets = self.tickets(&file.tls);
         let upstream = self.upstream(&file.delivery_service);
+        let fields = self.fields(&file.delivery_service.fields);
         let authenticates = listeners.iter().any(|l| !matches!(l.client_auth, ClientAuth::Off));
-
-        let allow = file
-            .peers
-            .allow
-            .as_ref()
-            .map(|names| names.iter().filter_map(|name| self.name(name, "peers.allow", true)).collect());
-        let named = file.peers.named.iter().filter_map(|name| self.name(name, "peers.named", false)).collect();
+        let peers = self.peers(&file.peers);
+        let egress = match &file.egress {
+            Some(table) => Some(self.egress(table, certificates.first().map(|(_, certificate)| certificate))?),
+            None => None,
+        };
 
         let limit_store = file.limits.redis.as_ref().and_then(|redis| self.redis(redis, &file.limits));
         let mut policy = Policy {
@@ -131,6 +135,8 @@ impl<'a> Resolver<'a> {
             self.wrong(memory, "limits.memory", "256KiB is the least");
         }
         let exempt = self.networks(&file.limits.exempt, "limits.exempt");
+        let connections = self.connections(&file.connections, policy.ipv6_prefix);
+        let http2 = self.http2(&file.http2);
         let max_body = self.endpoints(&file.endpoints, &mut policy);
         if let Some(last) = file.limit.get(MOST_LIMITS) {
             self.wrong(&last.name, format!("limit[{MOST_LIMITS}]"), format!("{MOST_LIMITS} limits are the most"));
@@ -160,9 +166,14 @@ impl<'a> Resolver<'a> {
             None => Some(SocketAddr::from(([127, 0, 0, 1], 9090))),
         };
         if let (Some(at), Some(admin)) = (&file.admin.address, admin)
-            && listeners.iter().any(|l| l.address == admin)
+            && (listeners.iter().any(|l| l.address == admin) || egress.as_ref().is_some_and(|e| e.address == admin))
         {
             self.wrong(at, "admin.address", "a listener is at this address");
+        }
+        if let (Some(table), Some(egress)) = (&file.egress, &egress)
+            && listeners.iter().any(|l| l.address == egress.address)
+        {
+            self.wrong(&table.address, "egress.address", "a listener is at this address");
         }
         let access_log = match file.access_log.path.as_str() {
             "off" => AccessLog::Off,
@@ -181,7 +192,11 @@ impl<'a> Resolver<'a> {
         Some(Config {
             provider: provider?,
             listeners,
-            certificates: Arc::new(certificates?),
+            certificates,
+            tickets,
+            watch_every: file.tls.watch_every.0,
+            connections: connections?,
+            http2: http2?,
             timeouts: Timeouts {
                 tls_handshake: t.tls_handshake.0,
                 headers: t.headers.0,
@@ -191,7 +206,11 @@ impl<'a> Resolver<'a> {
                 shutdown: t.shutdown.0,
             },
             upstream: upstream?,
-            peers: Peers { allow, named },
+            fields,
+            egress,
+            watched: std::mem::take(&mut self.watched),
+            text,
+            peers,
             max_body,
             policy,
             limit_memory: limit_memory(&file.limits),
@@ -211,114 +230,6 @@ impl<'a> Resolver<'a> {
         let names = table.names.get_ref().iter().filter_map(|name| self.name(name, "provider.names", false)).collect();
         let ds_domain = self.name(&table.ds_domain, "provider.ds_domain", false)?;
         Some(Provider { names, ds_domain })
-    }
-
-    fn listeners(&mut self, tables: &Spanned<Vec<file::Listener>>) -> Vec<Listener> {
-        if tables.get_ref().is_empty() {
-            self.wrong(tables, "listener", "at least one is needed");
-        }
-        let mut listeners = vec![];
-        for (i, table) in tables.get_ref().iter().enumerate() {
-            let address = self.address(&table.address, &format!("listener[{i}].address"));
-            let key = format!("listener[{i}].client_ca");
-            let roots = table.client_ca.as_ref().and_then(|path| {
-                let pem = self.read(path, &key)?;
-                match tls::roots(&pem) {
-                    Ok(roots) => Some(Arc::new(roots)),
-                    Err(e) => {
-                        self.wrong(path, key.as_str(), format!("{}: {e}", path.get_ref().display()));
-                        None
-                    }
-                }
-            });
-            let client_auth = match (table.client_certificates, roots) {
-                (file::ClientCertificates::Off, _) => {
-                    if let Some(path) = &table.client_ca {
-                        self.wrong(path, key, "client_certificates is off: nothing is verified by this");
-                    }
-                    ClientAuth::Off
-                }
-                (file::ClientCertificates::Optional, Some(roots)) => ClientAuth::Optional(roots),
-                (file::ClientCertificates::Required, Some(roots)) => ClientAuth::Required(roots),
-                (_, None) => {
-                    if table.client_ca.is_none() {
-                        self.wrong(&table.address, key, "missing: client certificates are asked for");
-                    }
-                    ClientAuth::Off
-                }
-            };
-            if listeners.iter().any(|other: &Listener| Some(other.address) == address) {
-                self.wrong(&table.address, format!("listener[{i}].address"), "another listener is at this address");
-            }
-            listeners.extend(address.map(|address| Listener { address, client_auth }));
-        }
-        listeners
-    }
-
-    fn certificates(&mut self, tables: &Spanned<Vec<file::Certificate>>) -> Option<CertificateStore> {
-        let mut certificates = vec![];
-        for (i, table) in tables.get_ref().iter().enumerate() {
-            let chain = self.read(&table.chain, &format!("certificate[{i}].chain"));
-            let key = self.read(&table.key, &format!("certificate[{i}].key"));
-            let (Some(chain), Some(key)) = (chain, key) else { continue };
-            match tls::Certificate::new(&chain, &key) {
-                Ok(certificate) => certificates.push(certificate),
-                Err(e) => {
-                    let part = if e.is_of_key() { "key" } else { "chain" };
-                    let at = if e.is_of_key() { &table.key } else { &table.chain };
-                    let message = format!("{}: {e}", at.get_ref().display());
-                    self.wrong(at, format!("certificate[{i}].{part}"), message);
-                }
-            }
-        }
-        let store = CertificateStore::new(certificates);
-        if store.is_none() && self.errors.is_empty() {
-            self.wrong(tables, "certificate", "at least one is needed");
-        }
-        store
-    }
-
-    fn upstream(&mut self, table: &file::DeliveryService) -> Option<upstream::Settings> {
-        if table.node.get_ref().is_empty() {
-            self.wrong(&table.node, "delivery_service.node", "at least one is needed");
-        }
-        if table.node.get_ref().len() > upstream::MAX_NODES {
-            self.wrong(&table.node, "delivery_service.node", format!("{} are the most", upstream::MAX_NODES));
-        }
-        let mut nodes = vec![];
-        for (i, node) in table.node.get_ref().iter().enumerate() {
-            let key = format!("delivery_service.node[{i}].address");
-            let address = match node.address.get_ref().to_socket_addrs().map(|mut found| found.next()) {
-                Ok(Some(address)) if address.port() > 0 => address,
-                Ok(_) | Err(_) => {
-                    let message = format!("{:?} is no host:port that resolves", node.address.get_ref());
-                    self.wrong(&node.address, key, message);
-                    continue;
-                }
-            };
-            if let Some(weight) = node.weight.as_ref().filter(|weight| !(1..=256).contains(weight.get_ref())) {
-                self.wrong(weight, format!("delivery_service.node[{i}].weight"), "a weight is 1 to 256");
-                continue;
-            }
-            if nodes.iter().any(|other: &upstream::NodeSettings| other.address == address) {
-                self.wrong(&node.address, key, format!("another node is at {address}"));
-                continue;
-            }
-            nodes.push(upstream::NodeSettings {
-                address,
-                h2c: node.protocol == file::Protocol::H2c,
-                weight: node.weight.as_ref().map_or(1, |weight| *weight.get_ref()),
-            });
-        }
-        Some(upstream::Settings {
-            nodes,
-            by_group: table.balance == file::Balance::Group,
-            connect_timeout: table.connect_timeout.0,
-            read_timeout: table.read_timeout.0,
-            write_timeout: table.write_timeout.0,
-            keepalive: table.keepalive.0,
-            eject_for: table.eject_for.0,
-        })
     }
 
     fn endpoints(

@@ -1,5 +1,7 @@
 //! Account: what is kept of a request while it is under way, and what is said of it when it has ended.
 
+use super::fields::Trace;
+use super::live::Live;
 use super::stream::Connection;
 use super::{Shared, door, forward};
 use crate::admission::{Admission, Owing, Subject, Tally, Tickets};
@@ -7,7 +9,7 @@ use crate::dialect::Endpoint;
 use crate::privacypass::Reservation;
 use crate::problem::Refusal;
 use crate::telemetry::{Decision, Line, Metrics};
-use crate::upstream::Tried;
+use crate::upstream::{Member, Permit, Settings, Tried};
 use http::StatusCode;
 use pingora_proxy::Session;
 use std::sync::Arc;
@@ -17,6 +19,9 @@ use std::time::{Duration, Instant};
 pub struct RequestContext {
     pub(super) began: Instant,
     pub(super) id: String,
+    pub(super) trace: Trace,
+    /// The configuration that it began with holds to its end.
+    pub(super) live: Arc<Live>,
     pub(super) connection: Option<Arc<Connection>>,
     pub(super) endpoint: Option<&'static Endpoint>,
     pub(super) operation: Option<&'static str>,
@@ -31,7 +36,13 @@ pub struct RequestContext {
     pub(super) forwarded_at: Option<Instant>,
     pub(super) ds_took: Option<Duration>,
     pub(super) tried: Tried,
-    pub(super) node: Option<usize>,
+    /// When it was given to its node.
+    pub(super) given_at: Instant,
+    pub(super) node: Option<Arc<Member>>,
+    /// What holds for its node.
+    pub(super) settings: Option<Arc<Settings>>,
+    /// Its place among the requests of the node.
+    pub(super) permit: Option<Permit>,
     /// Limits of concurrency count it for so long.
     pub(super) tickets: Tickets,
     /// Limits have been charged for so many octets of its body.
@@ -82,6 +93,10 @@ impl RequestContext {
         Self {
             began: Instant::now(),
             id: uuid::Uuid::now_v7().simple().to_string(),
+            trace: Trace::default(),
+            live: shared.live.load_full(),
+            permit: None,
+            settings: None,
             connection: None,
             endpoint: None,
             operation: None,
@@ -94,6 +109,7 @@ impl RequestContext {
             forwarded_at: None,
             ds_took: None,
             tried: Tried::default(),
+            given_at: Instant::now(),
             node: None,
             tickets: Tickets::new(),
             charged: 0,
@@ -122,6 +138,7 @@ impl RequestContext {
         let request = session.req_header();
         self.http = if request.version == http::Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" };
         self.method = method_label(&request.method);
+        self.trace = Trace::of(&request.headers, &self.id);
     }
 
     /// Limits have let it pass.
@@ -148,6 +165,13 @@ impl RequestContext {
         }
     }
 
+    /// Its node took it and did not answer.
+    pub(super) fn failed(&self) {
+        if let (Some(node), Some(settings)) = (&self.node, &self.settings) {
+            node.failed(settings, self.given_at);
+        }
+    }
+
     /// Says what became of it.
     pub(super) fn account(&mut self, session: &Session) {
         let status = status_written(session).map_or(0, |status| status.as_u16());
@@ -162,7 +186,7 @@ impl RequestContext {
             admission.owe(&mut owing, self.body.passed().saturating_sub(self.charged));
         }
         let reason = self.refused.as_ref().map(|(_, reason, _)| *reason);
-        let provider = self.provider.as_deref().map(|p| Metrics::provider_label(&shared.peers.named, p));
+        let provider = self.provider.as_deref().map(|p| Metrics::provider_label(&self.live.peers.named, p));
         shared.metrics.request(self.endpoint, self.decision, reason.unwrap_or_default(), provider);
         if let Some(endpoint) = self.endpoint {
             if let Some(took) = self.gateway_took {
@@ -179,6 +203,7 @@ impl RequestContext {
         shared.access_log.write(&Line {
             time: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
             request_id: &self.id,
+            egress: false,
             client: self.connection.as_ref().map(|c| c.client.ip().to_string()).unwrap_or_default(),
             provider: self.provider.as_deref(),
             http: self.http,
@@ -195,7 +220,8 @@ impl RequestContext {
             body_out,
             gateway_us: self.gateway_took.map(micros).unwrap_or_default(),
             ds_us: self.ds_took.map(micros),
-            node: self.node.and_then(|node| shared.nodes.address(node)),
+            node: self.node.as_ref().map(|node| node.label()),
+            trace_id: Some(self.trace.id()).filter(|id| !id.is_empty()),
         });
     }
 }
@@ -206,7 +232,7 @@ pub(super) fn status_written(session: &Session) -> Option<StatusCode> {
 }
 
 /// A method is the client's word: the log has those of HTTP, and "other".
-fn method_label(method: &http::Method) -> &'static str {
+pub(super) fn method_label(method: &http::Method) -> &'static str {
     match method.as_str() {
         "GET" => "GET",
         "POST" => "POST",

@@ -1,15 +1,21 @@
-//! The listener for operators: `/metrics`, `/healthz`, `/readyz`. On loopback, unless they say otherwise.
+//! The listener for operators: `/metrics`, `/healthz`, `/readyz`, and `POST /reload`. On loopback, unless they say otherwise.
 
-use super::Shared;
+use super::{Shared, reload};
+use crate::upstream::Target;
 use async_trait::async_trait;
 use http::{Response, StatusCode, header};
 use pingora_core::apps::http_app::ServeHttp;
 use pingora_core::protocols::http::ServerSession;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
+use tokio::sync::oneshot;
 
 /// The listener's application.
-pub(super) struct Admin(pub(super) Arc<Shared>);
+pub(super) struct Admin {
+    pub(super) shared: Arc<Shared>,
+    pub(super) reloads: reload::Later,
+}
 
 /// A node that does not accept a connection in this time is not ready.
 const PROBE: Duration = Duration::from_secs(1);
@@ -18,6 +24,16 @@ const PROBE: Duration = Duration::from_secs(1);
 impl ServeHttp for Admin {
     async fn response(&self, session: &mut ServerSession) -> Response<Vec<u8>> {
         let request = session.req_header();
+        if request.uri.path() == "/reload" {
+            return match request.method {
+                // A page in an operator's browser is no operator.
+                http::Method::POST if request.headers.contains_key(header::ORIGIN) => {
+                    text(StatusCode::FORBIDDEN, "text/plain", b"not from a browser\n".to_vec())
+                }
+                http::Method::POST => self.reload().await,
+                _ => text(StatusCode::METHOD_NOT_ALLOWED, "text/plain", b"POST only\n".to_vec()),
+            };
+        }
         if request.method != http::Method::GET && request.method != http::Method::HEAD {
             return text(StatusCode::METHOD_NOT_ALLOWED, "text/plain", b"GET only\n".to_vec());
         }
@@ -28,27 +44,54 @@ impl ServeHttp for Admin {
                 Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("{why}\n").into_bytes()),
             },
             "/metrics" => {
-                let metrics = &self.0.metrics;
-                let lost = self.0.access_log.lost();
+                let metrics = &self.shared.metrics;
+                let lost = self.shared.access_log.lost();
                 metrics.log_lines_lost.inc_by(lost.saturating_sub(metrics.log_lines_lost.get()));
                 text(StatusCode::OK, "text/plain; version=0.0.4", metrics.render())
             }
-            _ => text(StatusCode::NOT_FOUND, "text/plain", b"/metrics, /healthz, /readyz\n".to_vec()),
+            _ => text(StatusCode::NOT_FOUND, "text/plain", b"/metrics, /healthz, /readyz, POST /reload\n".to_vec()),
         }
     }
 }
 
 impl Admin {
-    /// Ready is who can forward: a node accepts a connection now.
+    /// Has the configuration read again: 200 with the generation in use, or 422 with all that is wrong.
+    async fn reload(&self) -> Response<Vec<u8>> {
+        let (answer, outcome) = oneshot::channel();
+        let asked = match self.reloads.get() {
+            Some(reloads) => reloads.send(answer).await.is_ok(),
+            None => false,
+        };
+        let outcome = if asked { outcome.await.ok() } else { None };
+        match outcome {
+            Some(Ok(generation)) => {
+                text(StatusCode::OK, "text/plain", format!("reloaded: generation {generation}\n").into_bytes())
+            }
+            Some(Err(errors)) => {
+                let said = errors.join("\n") + "\n";
+                text(StatusCode::UNPROCESSABLE_ENTITY, "text/plain", said.into_bytes())
+            }
+            None => text(StatusCode::SERVICE_UNAVAILABLE, "text/plain", b"not now\n".to_vec()),
+        }
+    }
+
+    /// Ready is who can forward: a node that is not left out accepts a connection now.
     async fn ready(&self) -> Result<usize, &'static str> {
-        let nodes = &self.0.nodes.settings().nodes;
+        if self.shared.draining.load(Ordering::Relaxed) {
+            return Err("draining");
+        }
+        let nodes = self.shared.nodes.members();
         let probes: Vec<_> = nodes
-            .iter()
+            .into_iter()
             .map(|node| {
-                let address = node.address;
                 tokio::spawn(async move {
-                    let connect = tokio::net::TcpStream::connect(address);
-                    tokio::time::timeout(PROBE, connect).await.is_ok_and(|connected| connected.is_ok())
+                    let connects = async {
+                        match &node.target {
+                            Target::Inet(address) => tokio::net::TcpStream::connect(address).await.is_ok(),
+                            Target::Unix(path) => tokio::net::UnixStream::connect(path).await.is_ok(),
+                        }
+                    };
+                    tokio::time::timeout(PROBE, connects).await.unwrap_or(false)
                 })
             })
             .collect();
@@ -56,7 +99,11 @@ impl Admin {
         for probe in probes {
             accepting += usize::from(probe.await.unwrap_or(false));
         }
-        if accepting > 0 { Ok(accepting) } else { Err("no Delivery Service node accepts a connection") }
+        if accepting > 0 && self.shared.nodes.any_usable() {
+            Ok(accepting)
+        } else {
+            Err("no Delivery Service node accepts a connection")
+        }
     }
 }
 

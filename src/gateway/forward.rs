@@ -1,22 +1,18 @@
 //! Forward: what goes to the Delivery Service, and how.
 
 use crate::config::Timeouts;
-use crate::dialect::Endpoint;
-use crate::privacypass;
 use crate::problem::Refusal;
-use crate::upstream::{NodeSettings, Settings};
-use http::{HeaderName, HeaderValue, Uri, header};
+use crate::upstream::{Member, NodeTls, Settings, Target};
+use arc_swap::ArcSwap;
+use pingora_core::protocols::tls::CaType;
 use pingora_core::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
-use pingora_http::RequestHeader;
+use pingora_core::utils::tls::{CertKey, WrappedX509, parse_x509};
+use pingora_core::{Error, ErrorType, Result};
 use siphasher::sip128::SipHasher24;
-use std::net::IpAddr;
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// The authenticated provider, for the Delivery Service.
-pub(super) const PROVIDER: HeaderName = HeaderName::from_static("x-moh-provider");
-
-/// The request's ID, for the Delivery Service.
-pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// A hash of a group for choosing its node: the same on every gateway of a fleet, and after a restart. It guards nothing,
 /// so its key is no secret.
@@ -59,7 +55,7 @@ impl Body {
     }
 
     /// Some of it passes.
-    pub(super) fn pass(&mut self, octets: usize, end: bool) -> Result<(), Refusal> {
+    pub(super) fn pass(&mut self, octets: usize, end: bool) -> std::result::Result<(), Refusal> {
         self.passed = self.passed.saturating_add(octets as u64);
         if self.passed > self.bound {
             return Err(Refusal::TooLarge);
@@ -71,9 +67,70 @@ impl Body {
     }
 }
 
+/// How Pingora is to speak TLS to nodes: its own forms of certificates, made once for each way of doing so.
+#[derive(Default)]
+pub(super) struct NodeTlsForms(ArcSwap<HashMap<u64, Arc<NodeTlsForm>>>);
+
+struct NodeTlsForm {
+    roots: Option<Arc<CaType>>,
+    identity: Option<Arc<CertKey>>,
+}
+
+/// Roots in Pingora's form, which panics on what is no certificate.
+pub(super) fn roots(der: &[Vec<u8>]) -> Result<Arc<CaType>> {
+    let parsed = |der: &Vec<u8>| {
+        let _ = X509Certificate::from_der(der).map_err(|_| Error::explain(ErrorType::InvalidCert, "a root"))?;
+        Ok(WrappedX509::new(der.clone(), parse_x509))
+    };
+    Ok(der.iter().map(parsed).collect::<Result<Vec<_>>>()?.into())
+}
+
+/// A certificate and its key in Pingora's form.
+pub(super) fn identity(chain: &[Vec<u8>], key: &[u8]) -> Result<Arc<CertKey>> {
+    let read = chain.iter().all(|der| X509Certificate::from_der(der).is_ok());
+    if chain.is_empty() || !read {
+        return Error::e_explain(ErrorType::InvalidCert, "a certificate of ours");
+    }
+    Ok(Arc::new(CertKey::new(chain.to_vec(), key.to_vec())))
+}
+
+impl NodeTlsForms {
+    fn of(&self, tls: &NodeTls) -> Result<Arc<NodeTlsForm>> {
+        if let Some(form) = self.0.load().get(&tls.digest) {
+            return Ok(form.clone());
+        }
+        let form = Arc::new(NodeTlsForm {
+            roots: tls.roots.as_deref().map(roots).transpose()?,
+            identity: tls.identity.as_ref().map(|(chain, key)| identity(chain, key)).transpose()?,
+        });
+        self.0.rcu(|forms| {
+            // Those of earlier configurations go when there are many.
+            let kept = if forms.len() < 1024 { (**forms).clone() } else { HashMap::new() };
+            kept.into_iter().chain([(tls.digest, form.clone())]).collect::<HashMap<_, _>>()
+        });
+        Ok(form)
+    }
+}
+
 /// A node, as Pingora connects to it.
-pub(super) fn peer(node: &NodeSettings, settings: &Settings, timeouts: &Timeouts, body_is_in: bool) -> HttpPeer {
-    let mut peer = HttpPeer::new(node.address, false, String::new());
+pub(super) fn peer(
+    node: &Member,
+    settings: &Settings,
+    timeouts: &Timeouts,
+    forms: &NodeTlsForms,
+    body_is_in: bool,
+) -> Result<HttpPeer> {
+    let (tls, name) = (node.tls.is_some(), node.tls.as_ref().map(|tls| tls.name.clone()).unwrap_or_default());
+    let mut peer = match &node.target {
+        Target::Inet(address) => HttpPeer::new(*address, tls, name),
+        Target::Unix(path) => HttpPeer::new_uds(&path.to_string_lossy(), tls, name)?,
+    };
+    if let Some(tls) = &node.tls {
+        let form = forms.of(tls)?;
+        peer.group_key = tls.digest;
+        peer.client_cert_key = form.identity.clone();
+        peer.options.ca = form.roots.clone();
+    }
     let options = &mut peer.options;
     options.connection_timeout = Some(settings.connect_timeout);
     options.total_connection_timeout = Some(settings.connect_timeout);
@@ -83,11 +140,11 @@ pub(super) fn peer(node: &NodeSettings, settings: &Settings, timeouts: &Timeouts
     options.write_timeout = Some(settings.write_timeout);
     options.idle_timeout = Some(settings.keepalive);
     options.http_upstream_request_policy = HttpUpstreamRequestPolicy::deny_upgrades();
-    if node.h2c {
+    if node.http2 {
         options.set_http_version(2, 2);
         options.max_h2_streams = 100;
     }
-    peer
+    Ok(peer)
 }
 
 /// Whether a node says that it has not begun with a request (RFC 9113 §6.8, §8.7): its stream was refused, or is beyond
@@ -102,113 +159,23 @@ pub(super) fn was_left_untouched(e: &pingora_core::Error) -> bool {
         || (e.is_go_away() && e.reason() == Some(h2::Reason::NO_ERROR))
 }
 
-/// Whether a field from outside says what only the gateway may say. Underscores are hyphens to some servers behind.
-fn is_ours_to_say(name: &HeaderName) -> bool {
-    const NAMES: &[&str] = &[
-        "forwarded",
-        "x-real-ip",
-        "x-request-id",
-        "client-cert",
-        "client-cert-chain",
-        "via",
-        "expect",
-        "upgrade",
-        "http2-settings",
-        "te",
-    ];
-    const PREFIXES: &[&str] = &["x-forwarded-", "x-moh-"];
-    let name = name.as_str().replace('_', "-");
-    NAMES.contains(&name.as_str()) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
-}
-
-/// Sets what the Delivery Service gets. Target and content type are written anew: it gets those that were checked, in
-/// one form, however they came. Of the fields, what is not for outside to say is dropped, then who sends is said by us. A
-/// `PrivateToken` credential was for us; other credentials are the Delivery Service's.
-pub(super) fn set_fields(
-    request: &mut RequestHeader,
-    endpoint: &Endpoint,
-    client: Option<IpAddr>,
-    provider: Option<&str>,
-    id: &str,
-    takes_tokens: bool,
-) -> pingora_core::Result<()> {
-    if let Some(authority) = request.uri.authority().map(|authority| authority.as_str().to_owned()) {
-        request.insert_header(header::HOST, authority)?;
-    }
-    request.set_uri(Uri::from_static(endpoint.path));
-    request.insert_header(header::CONTENT_TYPE, "application/octet-stream")?;
-    let drop: Vec<_> = request.headers.keys().filter(|name| is_ours_to_say(name)).cloned().collect();
-    for name in drop {
-        request.remove_header(&name);
-    }
-    if takes_tokens && privacypass::has_credential(&request.headers) {
-        let others: Vec<HeaderValue> = request
-            .headers
-            .get_all(header::AUTHORIZATION)
-            .iter()
-            .filter(|value| !privacypass::is_private_token(value))
-            .cloned()
-            .collect();
-        request.remove_header(&header::AUTHORIZATION);
-        for value in others {
-            request.append_header(header::AUTHORIZATION, value)?;
-        }
-    }
-    if let Some(client) = client {
-        // RFC 7239 §6: IPv6 addresses in brackets, and quoted.
-        let forwarded = match client.to_canonical() {
-            IpAddr::V4(ip) => format!("for={ip};proto=https"),
-            IpAddr::V6(ip) => format!("for=\"[{ip}]\";proto=https"),
-        };
-        request.insert_header(header::FORWARDED, forwarded)?;
-    }
-    if let Some(provider) = provider {
-        request.insert_header(PROVIDER, provider)?;
-    }
-    request.insert_header(REQUEST_ID, id)?;
-    Ok(())
+/// Whether a node has failed a request that it took: no answer in time, or its connection gone.
+pub(super) fn is_a_failure(e: &Error) -> bool {
+    *e.esource() == pingora_core::ErrorSource::Upstream
+        && matches!(
+            e.etype(),
+            ErrorType::ReadTimedout
+                | ErrorType::WriteTimedout
+                | ErrorType::ReadError
+                | ErrorType::WriteError
+                | ErrorType::ConnectionClosed
+                | ErrorType::H2Error
+        )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_the_gateway_says_who_sends() {
-        let mut request = RequestHeader::build("POST", b"/group_operation", None).unwrap();
-        for name in [
-            "X-Forwarded-For",
-            "x_forwarded_for",
-            "Forwarded",
-            "X-Moh-Provider",
-            "x_moh_provider",
-            "X-Real-IP",
-            "Client-Cert",
-            "X-Request-Id",
-        ] {
-            request.append_header(name, "forged").unwrap();
-        }
-        request.append_header("Authorization", "Bearer ds").unwrap();
-        request.append_header("Authorization", "PrivateToken token=\"x\"").unwrap();
-        request.append_header("X-Other", "kept").unwrap();
-        let client = Some("2001:db8::1".parse().unwrap());
-        let endpoint = crate::dialect::moh::endpoint_by_path("/group_operation").unwrap();
-        set_fields(&mut request, endpoint, client, Some("a.example"), "id-1", true).unwrap();
-        let fields: Vec<_> =
-            request.headers.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap().to_owned())).collect();
-        assert!(!fields.iter().any(|f| f.contains("forged") || f.contains("PrivateToken")), "{fields:?}");
-        for expected in [
-            "forwarded: for=\"[2001:db8::1]\";proto=https",
-            "x-moh-provider: a.example",
-            "x-request-id: id-1",
-            "authorization: Bearer ds",
-            "x-other: kept",
-        ] {
-            assert!(fields.iter().any(|f| f == expected), "{expected} in {fields:?}");
-        }
-        set_fields(&mut request, endpoint, client, None, "id-2", true).unwrap();
-        assert!(!request.headers.contains_key(PROVIDER), "who is not authenticated is not named");
-    }
 
     #[test]
     fn bodies_have_a_bound_and_a_time() {

@@ -6,23 +6,34 @@
 
 mod account;
 mod admin;
+mod connections;
 mod door;
+mod egress;
+mod fields;
 mod forward;
+mod frames;
+mod live;
 mod peek;
+mod proxy_protocol;
 mod reload;
 mod start;
 mod stream;
+mod upgrade;
 
 pub use start::{StartError, run};
 
-use crate::admission::{Admission, Decision as Verdict, Peers, Subject, Tally, bind_sender};
-use crate::config::{Provider, Timeouts};
+use crate::admission::{Admission, Decision as Verdict, Subject, Tally, bind_sender};
 use crate::dialect::{self, Envelope};
-use crate::privacypass::{self, Origin};
+use crate::limiter::fleet::Fleet;
+use crate::privacypass;
 use crate::problem::{Refusal, TokenProblem, Violated};
 use crate::telemetry::{AccessLog, Decision, Metrics};
 use crate::upstream::Nodes;
 use account::{RequestContext, status_written};
+use connections::Connections;
+use fields::Learned;
+use forward::NodeTlsForms;
+use live::Live;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -33,23 +44,26 @@ use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, ProxyHttp, Session};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use stream::Connection;
 
-/// What all requests share.
+/// What all requests share, for as long as the process lives.
 struct Shared {
-    provider: Provider,
-    peers: Peers,
-    timeouts: Timeouts,
-    max_body: Vec<(&'static str, u64)>,
-    /// The limits; a reload exchanges them.
-    admission: ArcSwap<Admission>,
-    privacy_pass: Option<Origin>,
-    nodes: Nodes,
+    /// What the configuration says; a reload exchanges it.
+    live: ArcSwap<Live>,
+    nodes: Arc<Nodes>,
+    node_tls: NodeTlsForms,
+    connections: Connections,
     metrics: Metrics,
     access_log: AccessLog,
+    /// The store of a fleet, if there is one: a reload may begin with Privacy Pass.
+    fleet: Option<Arc<Fleet>>,
+    /// Metrics of Privacy Pass, once there is any.
+    privacy_pass_metrics: OnceLock<privacypass::Metrics>,
+    /// What session tickets are made with where the operator gives no secret.
+    own_secret: [u8; 32],
     /// The process has been told to stop: no connection is kept for a further request.
     draining: AtomicBool,
 }
@@ -75,10 +89,30 @@ fn passes(verdict: Verdict) -> std::result::Result<bool, Refusal> {
     }
 }
 
+/// Host (`:authority`) and SNI are ours, the port aside.
+fn check_host(live: &Live, request: &RequestHeader, connection: &Connection) -> std::result::Result<(), Refusal> {
+    let mut hosts = request.headers.get_all(header::HOST).iter();
+    let host = match (request.uri.authority(), hosts.next()) {
+        (Some(authority), _) => authority.as_str(),
+        (None, Some(host)) => host.to_str().map_err(|_| Refusal::Misdirected("Host"))?,
+        (None, None) => return Err(Refusal::BadHttp("the request has no Host")),
+    };
+    if hosts.next().is_some() {
+        return Err(Refusal::BadHttp("the request has two Host fields"));
+    }
+    if !live.provider.is_authority(host) {
+        return Err(Refusal::Misdirected("Host"));
+    }
+    match &connection.sni {
+        Some(sni) if !live.provider.is_host(sni) => Err(Refusal::Misdirected("SNI")),
+        _ => Ok(()),
+    }
+}
+
 impl Gateway {
     /// The way in: everything up to the decision. The answer is the refusal; none: the request goes on.
     async fn admit(&self, session: &mut Session, ctx: &mut RequestContext) -> std::result::Result<(), Refusal> {
-        let shared = &self.0;
+        let live = ctx.live.clone();
         let connection = ctx.connection.clone().ok_or(Refusal::Internal)?;
 
         // route
@@ -89,7 +123,7 @@ impl Gateway {
         }
         let endpoint = dialect::route(&request.method, request.uri.path())?;
         ctx.endpoint = Some(endpoint);
-        self.check_host(request, &connection)?;
+        check_host(&live, request, &connection)?;
 
         if endpoint.reader.is_none() {
             let operation = endpoint.operations.first().copied().ok_or(Refusal::Internal)?;
@@ -113,14 +147,14 @@ impl Gateway {
         }
 
         peek::check_content(session.req_header())?;
-        let bound = shared.max_body.iter().find(|(name, _)| *name == endpoint.name);
-        ctx.body = forward::Body::new(bound.map_or(endpoint.max_body, |(_, bound)| *bound), shared.timeouts.body_total);
+        let bound = live.max_body.iter().find(|(name, _)| *name == endpoint.name);
+        ctx.body = forward::Body::new(bound.map_or(endpoint.max_body, |(_, bound)| *bound), live.timeouts.body_total);
         if peek::content_length(session.req_header()).is_some_and(|length| length > ctx.body.bound()) {
             return Err(Refusal::TooLarge);
         }
 
         // peek
-        let timeouts = &shared.timeouts;
+        let timeouts = &live.timeouts;
         session.set_read_timeout(Some(timeouts.body_idle));
         let mut held = peek::Held::default();
         connection.hold(true);
@@ -138,26 +172,6 @@ impl Gateway {
         self.identify_and_admit(session, ctx, &connection, &envelope).await
     }
 
-    /// Host (`:authority`) and SNI are ours, the port aside.
-    fn check_host(&self, request: &RequestHeader, connection: &Connection) -> std::result::Result<(), Refusal> {
-        let mut hosts = request.headers.get_all(header::HOST).iter();
-        let host = match (request.uri.authority(), hosts.next()) {
-            (Some(authority), _) => authority.as_str(),
-            (None, Some(host)) => host.to_str().map_err(|_| Refusal::Misdirected("Host"))?,
-            (None, None) => return Err(Refusal::BadHttp("the request has no Host")),
-        };
-        if hosts.next().is_some() {
-            return Err(Refusal::BadHttp("the request has two Host fields"));
-        }
-        if !self.0.provider.is_authority(host) {
-            return Err(Refusal::Misdirected("Host"));
-        }
-        match &connection.sni {
-            Some(sni) if !self.0.provider.is_host(sni) => Err(Refusal::Misdirected("SNI")),
-            _ => Ok(()),
-        }
-    }
-
     async fn identify_and_admit(
         &self,
         session: &Session,
@@ -165,17 +179,17 @@ impl Gateway {
         connection: &Connection,
         envelope: &Envelope<'_>,
     ) -> std::result::Result<(), Refusal> {
-        let shared = &self.0;
+        let (shared, live) = (&self.0, ctx.live.clone());
         ctx.operation = Some(envelope.operation.name);
         if let Some(group) = envelope.group_id {
             ctx.group_hash = Some(forward::group_hash(group));
             // For the log alone.
-            ctx.group_pseudonym = shared.access_log.is_on().then(|| shared.admission.load().pseudonym(group));
+            ctx.group_pseudonym = shared.access_log.is_on().then(|| live.admission.pseudonym(group));
         }
-        if !shared.provider.is_recipient(&envelope.recipient) {
+        if !live.provider.is_recipient(&envelope.recipient) {
             return Err(Refusal::Misdirected("recipient"));
         }
-        let provider = bind_sender(&envelope.sender, connection.identity.as_ref(), &shared.peers)?;
+        let provider = bind_sender(&envelope.sender, connection.identity.as_ref(), &live.peers)?;
         let subject = Subject {
             ip: connection.client.ip(),
             provider: provider.as_deref(),
@@ -200,7 +214,7 @@ impl Gateway {
         ctx: &mut RequestContext,
         subject: &Subject<'_>,
     ) -> std::result::Result<(), Refusal> {
-        let admission = &self.0.admission.load_full();
+        let admission = &ctx.live.admission.clone();
         ctx.tickets = admission.enter(subject).map_err(limited)?;
         let required = admission.policy().token_required(subject.operation, subject.ip);
         let (decision, mut tally) = admission.decide(subject, false, !required).await;
@@ -235,7 +249,7 @@ impl Gateway {
         tally: &mut Tally,
     ) -> std::result::Result<(), Refusal> {
         let headers = &session.req_header().headers;
-        let origin = self.0.privacy_pass.as_ref().ok_or(Refusal::Internal)?;
+        let origin = ctx.live.privacy_pass.clone().ok_or(Refusal::Internal)?;
         let purpose = admission.policy().purpose(subject.operation, subject.ip, &exceeded, required);
         // To verify a token is dear, and one that fails is charged to no limit: who brings many has a limit for that. Nor is
         // one verified that would not help.
@@ -328,7 +342,7 @@ impl Gateway {
             session.write_response_header(Box::new(response), false).await?;
             session.write_response_body(Some(body), true).await
         };
-        match tokio::time::timeout(self.0.timeouts.body_total, write).await {
+        match tokio::time::timeout(ctx.live.timeouts.body_total, write).await {
             Ok(written) => written,
             Err(_) => Error::e_explain(ErrorType::WriteTimedout, "the client does not read").map_err(Error::into_down),
         }
@@ -338,7 +352,7 @@ impl Gateway {
     async fn discovery(&self, session: &mut Session, ctx: &mut RequestContext) -> Result<()> {
         ctx.decision = Decision::Answered;
         ctx.keep_token();
-        let domain = Bytes::from(self.0.provider.ds_domain.clone());
+        let domain = Bytes::from(ctx.live.provider.ds_domain.clone());
         let mut response = ResponseHeader::build(StatusCode::OK, Some(3))?;
         response.insert_header(header::CONTENT_TYPE, "text/plain")?;
         response.insert_header(header::CONTENT_LENGTH, domain.len())?;
@@ -367,9 +381,9 @@ impl ProxyHttp for Gateway {
         }
         // Where Pingora has decided against another request on this connection, it has its reasons.
         if session.get_keepalive().is_some() {
-            session.set_keepalive(Some(self.0.timeouts.keepalive.as_secs().max(1)));
+            session.set_keepalive(Some(ctx.live.timeouts.keepalive.as_secs().max(1)));
         }
-        session.set_write_timeout(Some(self.0.timeouts.body_total));
+        session.set_write_timeout(Some(ctx.live.timeouts.body_total));
         Ok(())
     }
 
@@ -393,18 +407,29 @@ impl ProxyHttp for Gateway {
     async fn upstream_peer(&self, session: &mut Session, ctx: &mut RequestContext) -> Result<Box<HttpPeer>> {
         // What was read so far is sent again from the start.
         ctx.body.rewind();
-        let Some((node, settings)) = self.0.nodes.choose(ctx.group_hash, ctx.tried) else {
+        ctx.permit = None;
+        let settings = self.0.nodes.settings();
+        let Some(node) = self.0.nodes.choose(ctx.group_hash, &ctx.tried) else {
             ctx.pending = Some(if ctx.tried.any() {
                 Refusal::BadGateway
             } else {
-                Refusal::NoNode { retry_after: self.0.nodes.settings().eject_for }
+                Refusal::NoNode { retry_after: settings.eject_for }
             });
             return Error::e_explain(ErrorType::ConnectError, "no node is to be had");
         };
-        ctx.tried.note(node);
-        ctx.node = Some(node);
+        ctx.tried.note(&node);
+        ctx.node = Some(node.clone());
+        ctx.settings = Some(settings.clone());
+        match node.enter(&settings).await {
+            Ok(permit) => ctx.permit = permit,
+            Err(full) => {
+                ctx.pending = Some(Refusal::NodeBusy { retry_after: settings.queue_timeout });
+                return Error::e_explain(ErrorType::ConnectError, format!("{full:?}"));
+            }
+        }
+        ctx.given_at = Instant::now();
         let body_is_in = session.as_mut().is_body_done();
-        Ok(Box::new(forward::peer(&settings, self.0.nodes.settings(), &self.0.timeouts, body_is_in)))
+        Ok(Box::new(forward::peer(&node, &settings, &ctx.live.timeouts, &self.0.node_tls, body_is_in)?))
     }
 
     fn fail_to_connect(
@@ -414,11 +439,9 @@ impl ProxyHttp for Gateway {
         ctx: &mut RequestContext,
         mut e: Box<Error>,
     ) -> Box<Error> {
-        if let Some(node) = ctx.node.take() {
-            self.0.nodes.eject(node);
-            let address = self.0.nodes.address(node).unwrap_or_default();
-            self.0.metrics.ejections.with_label_values(&[address.as_str()]).inc();
-            tracing::warn!(node = %address, "cannot connect to a Delivery Service node: {e}");
+        if let (Some(node), Some(settings)) = (ctx.node.take(), &ctx.settings) {
+            node.refused(settings, ctx.given_at);
+            tracing::warn!(node = %node.label(), "cannot connect to a Delivery Service node: {e}");
         }
         // Nothing was sent: the next node may have it.
         e.set_retry(true);
@@ -434,8 +457,8 @@ impl ProxyHttp for Gateway {
         _: Option<&Digest>,
         ctx: &mut RequestContext,
     ) -> Result<()> {
-        if let Some(node) = ctx.node {
-            self.0.nodes.restore(node);
+        if let Some(node) = &ctx.node {
+            node.accepted();
         }
         ctx.forwarded_at = Some(Instant::now());
         Ok(())
@@ -455,11 +478,13 @@ impl ProxyHttp for Gateway {
             && !session.as_ref().retry_buffer_truncated();
         if again {
             ctx.unkeep_token();
+        } else if forward::is_a_failure(&e) && status_written(session).is_none() && ctx.ds_took.is_none() {
+            ctx.failed();
         }
         // Once to the same node, on another connection; if it will not have it then, to the next.
         if again
             && !std::mem::replace(&mut ctx.resent, true)
-            && let Some(node) = ctx.node
+            && let Some(node) = &ctx.node
         {
             ctx.tried.forget(node);
         }
@@ -489,10 +514,17 @@ impl ProxyHttp for Gateway {
         request: &mut RequestHeader,
         ctx: &mut RequestContext,
     ) -> Result<()> {
-        let client = ctx.connection.as_ref().map(|c| c.client.ip());
         let Some(endpoint) = ctx.endpoint else { return Error::e_explain(ErrorType::InternalError, "no endpoint") };
-        let takes_tokens = self.0.privacy_pass.is_some();
-        forward::set_fields(request, endpoint, client, ctx.provider.as_deref(), &ctx.id, takes_tokens)?;
+        let connection = ctx.connection.as_deref();
+        let learned = Learned {
+            client: connection.map(|c| c.client.ip()),
+            provider: ctx.provider.as_deref(),
+            chain: connection.map_or(&[], |c| &c.chain),
+            tls: connection.and_then(|c| c.tls.as_deref()),
+            id: &ctx.id,
+            trace: &ctx.trace,
+        };
+        fields::set(request, endpoint, &ctx.live.fields, &learned, ctx.live.privacy_pass.is_some())?;
         // The next thing is to write to the node.
         ctx.keep_token();
         Ok(())
@@ -508,6 +540,9 @@ impl ProxyHttp for Gateway {
             return Ok(());
         }
         ctx.ds_took = ctx.forwarded_at.map(|at| at.elapsed());
+        if let Some(node) = &ctx.node {
+            node.answered();
+        }
         ctx.decision = Decision::Forwarded;
         ctx.status = response.status.as_u16();
         if self.0.draining.load(Ordering::Relaxed) {

@@ -1,67 +1,303 @@
-//! Reload: on SIGHUP the configuration is read again, checked whole, and its limits take the place of those in use.
+//! Reload: on SIGHUP, or when the admin listener is asked to, the configuration is read again, checked whole, and takes the
+//! place of the one in use; and files that it names are looked at every so often, and taken when they have changed.
 //!
-//! A file that is wrong changes nothing, and what is wrong with it is said. What a limit has counted stays where neither its
-//! name, its key nor its rate is another. Everything but limits, what tokens do for them, and whose
-//! tokens are taken takes a restart.
+//! A file that is wrong changes nothing, and what is wrong with it is said. Requests under way end with what they began with.
+//! What a limit has counted stays where neither its name, its key nor its rate is another.
 
 use super::Shared;
+use super::live::{Live, LiveEgress, Tls};
 use crate::config::Config;
+use crate::privacypass::{self, Origin};
+use crate::tls::Watch;
+use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
 
-/// Reloads on every SIGHUP, for as long as the process lives.
-pub(super) fn on_hangup(file: PathBuf, shared: Arc<Shared>) -> std::io::Result<()> {
+/// What came of a reload: the generation in use now, or all that is wrong.
+pub(super) type Outcome = Result<i64, Vec<String>>;
+
+/// Asks for reloads.
+pub(super) type Asker = mpsc::Sender<oneshot::Sender<Outcome>>;
+
+/// An [`Asker`] that comes once there is something to reload.
+pub(super) type Later = Arc<OnceLock<Asker>>;
+
+/// What only a restart or an upgrade can change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Fixed {
+    listeners: Vec<SocketAddr>,
+    admin: SocketAddr,
+    egress: Option<SocketAddr>,
+    threads: usize,
+    limit_memory: usize,
+    limit_store: String,
+}
+
+impl Fixed {
+    pub(super) fn of(config: &Config) -> Self {
+        let mut listeners: Vec<_> = config.listeners.iter().map(|listener| listener.address).collect();
+        listeners.sort_unstable();
+        Self {
+            listeners,
+            admin: config.admin,
+            egress: config.egress.as_ref().map(|egress| egress.address),
+            threads: config.threads,
+            limit_memory: config.limit_memory,
+            limit_store: format!("{:?}", config.limit_store),
+        }
+    }
+
+    /// What is another in `next`.
+    fn differences(&self, next: &Self) -> Vec<&'static str> {
+        let all = [
+            (self.listeners != next.listeners, "addresses of listeners"),
+            (self.admin != next.admin, "admin.address"),
+            (self.egress != next.egress, "egress.address"),
+            (self.threads != next.threads, "runtime.threads"),
+            (self.limit_memory != next.limit_memory, "limits.memory"),
+            (self.limit_store != next.limit_store, "limits.redis"),
+        ];
+        all.into_iter().filter(|(differs, _)| *differs).map(|(_, what)| what).collect()
+    }
+}
+
+/// Reloads, one at a time, in a thread of their own.
+struct Reloader {
+    file: PathBuf,
+    shared: Arc<Shared>,
+    fixed: Fixed,
+    watch: Watch,
+}
+
+/// Begins to reload when asked, for as long as the process lives.
+pub(super) fn start(file: PathBuf, shared: Arc<Shared>, fixed: Fixed) -> std::io::Result<Asker> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut hangup = {
         let _inside = runtime.enter();
         signal(SignalKind::hangup())?
     };
+    let (asker, mut asked) = mpsc::channel::<oneshot::Sender<Outcome>>(4);
+    let watch = Watch::new(files(&shared.live.load()));
+    let mut reloader = Reloader { file, shared, fixed, watch };
+    reloader.say_expiries();
     std::thread::Builder::new().name("reload".into()).spawn(move || {
         runtime.block_on(async {
-            while hangup.recv().await.is_some() {
-                let result = if reload(&file, &shared) { "ok" } else { "failed" };
-                shared.metrics.reloads.with_label_values(&[result]).inc();
+            loop {
+                let every = reloader.shared.live.load().watch_every;
+                tokio::select! {
+                    came = hangup.recv() => match came {
+                        Some(()) => drop(reloader.reload().await),
+                        None => return,
+                    },
+                    Some(answer) = asked.recv() => drop(answer.send(reloader.reload().await)),
+                    () = tokio::time::sleep(every) => reloader.look().await,
+                }
             }
         });
     })?;
-    Ok(())
+    Ok(asker)
 }
 
-fn reload(file: &Path, shared: &Shared) -> bool {
-    let config = match Config::load(file) {
-        Ok(config) => config,
-        Err(errors) => {
-            errors.iter().for_each(|e| tracing::error!("not reloaded: {e}"));
-            return false;
+/// The files of what is in use.
+fn files(live: &Live) -> Vec<PathBuf> {
+    let mut files = live.tls.files();
+    files.extend(live.watched.iter().cloned());
+    files
+}
+
+impl Reloader {
+    async fn reload(&mut self) -> Outcome {
+        let outcome = self.try_reload().await;
+        let metrics = &self.shared.metrics;
+        let generation = metrics.generation.get();
+        let status = match &outcome {
+            Ok(generation) => {
+                metrics.reloads.with_label_values(&["ok"]).inc();
+                tracing::info!(generation, "reloaded {}", self.file.display());
+                format!("generation {generation} of the configuration")
+            }
+            Err(errors) => {
+                metrics.reloads.with_label_values(&["failed"]).inc();
+                errors.iter().for_each(|e| tracing::error!("not reloaded: {e}"));
+                format!("generation {generation} of the configuration; the last reload failed")
+            }
+        };
+        sd_notify::notify(&[sd_notify::NotifyState::Status(&status)]).ok();
+        outcome
+    }
+
+    async fn try_reload(&mut self) -> Outcome {
+        let at = self.file.display().to_string();
+        let mut config = Config::load(&self.file).map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>())?;
+        let differences = self.fixed.differences(&Fixed::of(&config));
+        if !differences.is_empty() {
+            let another = |what: &&str| format!("{at}: {what}: to change this takes a restart, or an upgrade (SIGUSR2)");
+            return Err(differences.iter().map(another).collect());
         }
-    };
-    if config.privacy_pass.is_some() != shared.privacy_pass.is_some() {
-        tracing::error!("not reloaded: {}: to begin or end with [privacy_pass] takes a restart", file.display());
-        return false;
+        for hint in &config.hints {
+            tracing::warn!("{hint} (a hint)");
+        }
+        let before = self.shared.live.load_full();
+        let failed = |what: &str, e: &dyn std::fmt::Display| vec![format!("{at}: {what}: {e}")];
+        let tls = Tls::new(&config, self.shared.own_secret).map_err(|e| failed("TLS", &e))?;
+        let egress = LiveEgress::new(&config, before.egress.as_deref()).map_err(|e| failed("egress", &e))?;
+        let counters = self.shared.metrics.limits(&config.policy);
+        let admission = match *before.admission.policy() == config.policy {
+            true => before.admission.clone(),
+            false => Arc::new(before.admission.succeed(config.policy.clone(), counters)),
+        };
+        self.shared.access_log.reopen(&config.access_log).map_err(|e| failed("access_log", &e))?;
+        let privacy_pass = self.privacy_pass(&before, config.privacy_pass.take()).map_err(|e| failed("privacy_pass", &e))?;
+        // From here on nothing fails.
+        let upstream = config.upstream.clone();
+        let live = Live::new(config, admission, privacy_pass, Arc::new(tls), egress);
+        self.shared.nodes.resolve_ahead(&upstream).await;
+        self.shared.nodes.reload(upstream);
+        self.begin(live);
+        self.shared.metrics.generation.inc();
+        Ok(self.shared.metrics.generation.get())
     }
-    if let (Some(origin), Some(settings)) = (&shared.privacy_pass, config.privacy_pass)
-        && let Err(e) = origin.reload(settings)
-    {
-        tracing::error!("not reloaded: {}: privacy_pass: {e}", file.display());
-        return false;
+
+    /// The Origin: as it was, with other issuers, begun with, or none any more.
+    fn privacy_pass(&self, before: &Live, settings: Option<privacypass::Settings>) -> std::io::Result<Option<Arc<Origin>>> {
+        match (&before.privacy_pass, settings) {
+            (_, None) => Ok(None),
+            (Some(origin), Some(settings)) => {
+                origin.reload(settings)?;
+                Ok(Some(origin.clone()))
+            }
+            (None, Some(settings)) => {
+                let metrics = self.shared.privacy_pass_metrics().map_err(std::io::Error::other)?;
+                Origin::start(settings, self.shared.fleet.clone(), metrics).map(|origin| Some(Arc::new(origin)))
+            }
+        }
     }
-    let before = shared.admission.load_full();
-    let limits = config.policy.scopes().count();
-    if *before.policy() == config.policy {
-        tracing::info!(
-            "reloaded {}: issuers and their keys; the limits are what they were, the rest takes a restart",
-            file.display()
-        );
-    } else {
-        let counters = shared.metrics.limits(&config.policy);
-        shared.admission.store(Arc::new(before.succeed(config.policy, counters)));
-        tracing::info!(
-            limits,
-            "reloaded {}: limits, tokens, issuers and their keys; the rest takes a restart",
-            file.display()
-        );
+
+    /// Puts another in use.
+    fn begin(&mut self, live: Live) {
+        let live = Arc::new(live);
+        self.shared.live.store(live.clone());
+        let cut = self.shared.connections.review(&live);
+        if cut > 0 {
+            tracing::info!(connections = cut, "ended: their peers are not admitted any more");
+        }
+        self.watch = Watch::new(files(&live));
+        self.say_expiries();
     }
-    shared.metrics.generation.inc();
-    true
+
+    /// Looks at the files, and takes those that have changed.
+    async fn look(&mut self) {
+        let changed: HashSet<PathBuf> = self.watch.changed().into_iter().collect();
+        if changed.is_empty() {
+            return;
+        }
+        let before = self.shared.live.load_full();
+        let mut live = (*before).clone();
+        match before.tls.refreshed(|file| changed.contains(file), |said| self.said(said)) {
+            Ok(tls) => live.tls = Arc::new(tls),
+            Err(e) => tracing::error!("TLS: {e}"),
+        }
+        if before.watched.iter().any(|file| changed.contains(file)) {
+            self.look_again(&before, &mut live, &changed).await;
+        }
+        self.begin(live);
+    }
+
+    /// Files of nodes, egress or tickets have changed: the configuration in use is resolved again, from its text as it was read.
+    async fn look_again(&self, before: &Live, live: &mut Live, changed: &HashSet<PathBuf>) {
+        let failed = |why: String| {
+            for file in before.watched.iter().filter(|file| changed.contains(*file)) {
+                self.said(Err(Broken(file, &why)));
+            }
+        };
+        let config = match Config::parse(&self.file, &before.text) {
+            Ok(config) => config,
+            Err(errors) => {
+                return failed(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "));
+            }
+        };
+        let tls = live.tls.with_tickets(Tls::tickets_of(&config, self.shared.own_secret));
+        let egress = LiveEgress::new(&config, before.egress.as_deref());
+        match (tls, egress) {
+            (Ok(tls), Ok(egress)) => {
+                live.tls = Arc::new(tls);
+                live.egress = egress;
+                self.shared.nodes.reload(config.upstream);
+                for file in before.watched.iter().filter(|file| changed.contains(*file)) {
+                    self.said(Ok::<_, Broken<'_>>(file.clone()));
+                }
+            }
+            (Err(e), _) => failed(e.to_string()),
+            (_, Err(e)) => failed(e.to_string()),
+        }
+    }
+
+    fn said<E: NamesFile>(&self, said: Result<PathBuf, E>) {
+        let metrics = &self.shared.metrics;
+        match said {
+            Ok(file) => {
+                let name = file.display().to_string();
+                metrics.file_reloads.with_label_values(&["ok"]).inc();
+                metrics.file_broken.with_label_values(&[name.as_str()]).set(0);
+                tracing::info!(file = %name, "read again: it has changed");
+            }
+            Err(e) => {
+                let name = e.file().display().to_string();
+                metrics.file_reloads.with_label_values(&["failed"]).inc();
+                metrics.file_broken.with_label_values(&[name.as_str()]).set(1);
+                tracing::error!("it has changed and is not taken; what was there before stays in use: {e}");
+            }
+        }
+    }
+
+    fn say_expiries(&mut self) {
+        let live = self.shared.live.load_full();
+        let metrics = &self.shared.metrics;
+        metrics.certificate_expiry.reset();
+        metrics.ocsp_expiry.reset();
+        for (files, certificate) in live.tls.certificates() {
+            let name = files.chain.display().to_string();
+            metrics.certificate_expiry.with_label_values(&[name.as_str()]).set(unix(certificate.not_after()));
+            if let (Some(file), Some(until)) = (&files.ocsp, certificate.ocsp_until()) {
+                metrics.ocsp_expiry.with_label_values(&[file.display().to_string().as_str()]).set(unix(until));
+            }
+            let left = certificate.not_after().duration_since(SystemTime::now()).unwrap_or_default();
+            if left < std::time::Duration::from_secs(7 * 86_400) {
+                tracing::warn!(file = %name, "this certificate ends in {} days", left.as_secs() / 86_400);
+            }
+        }
+    }
+}
+
+/// An error about a file.
+trait NamesFile: std::fmt::Display {
+    fn file(&self) -> &Path;
+}
+
+impl NamesFile for crate::tls::FileError {
+    fn file(&self) -> &Path {
+        &self.file
+    }
+}
+
+struct Broken<'a>(&'a Path, &'a str);
+
+impl std::fmt::Display for Broken<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.1)
+    }
+}
+
+impl NamesFile for Broken<'_> {
+    fn file(&self) -> &Path {
+        self.0
+    }
+}
+
+fn unix(time: SystemTime) -> i64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
 }

@@ -1,27 +1,38 @@
 //! From a configuration to a running server, and from SIGTERM to its end.
 
-use super::{Gateway, Shared, admin, door, reload};
+use super::connections::Connections;
+use super::egress::Egress;
+use super::forward::NodeTlsForms;
+use super::live::{Live, LiveEgress, Tls};
+use super::reload::Fixed;
+use super::upgrade::{Signals, Upgrade};
+use super::{Gateway, Shared, admin, door, egress, reload, upgrade};
 use crate::admission::Admission;
 use crate::config::Config;
 use crate::limiter::Limiter;
 use crate::limiter::fleet::Fleet;
 use crate::limiter::memory::Memory;
-use crate::privacypass::Origin;
+use crate::privacypass::{self, Origin};
 use crate::telemetry::{AccessLog, Metrics};
 use crate::tls;
-use crate::upstream::Nodes;
+use crate::upstream::{Nodes, Observer};
 use arc_swap::ArcSwap;
+use async_trait::async_trait;
 use pingora_core::listeners::{L4BufferSettings, ListenerConfig};
-use pingora_core::protocols::http::v2::server::H2Options;
-use pingora_core::server::configuration::ServerConf;
-use pingora_core::server::{ExecutionPhase, RunArgs, Server};
+use pingora_core::server::configuration::{Opt, ServerConf};
+use pingora_core::server::{ExecutionPhase, RunArgs, Server, ShutdownWatch};
+use pingora_core::services::background::{BackgroundService, background_service};
 use pingora_core::services::listening::Service;
+use parking_lot::Mutex;
 use pingora_proxy::HttpProxy;
+use sd_notify::NotifyState;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
-use tokio_rustls::TlsAcceptor;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
 
 /// Why the gateway cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -41,37 +52,53 @@ pub enum StartError {
     /// There is no memory for limits, their store cannot be begun with, or signals cannot be listened for.
     #[error("{0}: {1}")]
     Io(&'static str, std::io::Error),
+    /// The door to other providers cannot be made.
+    #[error("egress: {0}")]
+    Egress(String),
     /// The system gives no randomness.
     #[error("the system gives no randomness")]
     Randomness,
 }
 
 /// Runs a gateway until it is told to stop: SIGTERM lets the requests under way end first, SIGINT does not. SIGHUP has the
-/// limits read again from the configuration in `file`.
+/// configuration in `file` read again; SIGUSR2 starts a successor, which takes over the listening sockets. `from` is the
+/// socket at which this process is one itself.
 ///
 /// # Errors
 /// [`StartError`].
-pub fn run(config: Config, file: &Path) -> std::result::Result<(), StartError> {
-    let (server, shared) = server(config)?;
-    reload::on_hangup(file.into(), shared.clone()).map_err(|e| StartError::Io("SIGHUP", e))?;
+pub fn run(config: Config, file: &Path, from: Option<&Path>) -> std::result::Result<(), StartError> {
+    let upgrade = Upgrade::new(file, from).map_err(|e| StartError::Io("upgrade", e))?;
+    let fixed = Fixed::of(&config);
+    let (asker, asked) = (reload::Later::default(), config.admin);
+    let (server, shared) = server(config, &upgrade, from.is_some(), asker.clone())?;
+    let reloads = reload::start(file.into(), shared.clone(), fixed).map_err(|e| StartError::Io("SIGHUP", e))?;
+    let _ = asker.set(reloads);
     let phases = server.watch_execution_phase();
-    let draining = shared.clone();
-    std::thread::spawn(move || drain(phases, &draining));
-    server.run(RunArgs::default());
+    let (draining, socket) = (shared.clone(), upgrade.socket.clone());
+    std::thread::spawn(move || watch(phases, &draining, asked, &socket));
+    server.run(RunArgs { shutdown_signal: Box::new(Signals(upgrade)) });
     shared.access_log.close();
     Ok(())
 }
 
-/// Ends the process once it has been told to stop and no connection is left; Pingora would wait for all of its grace period,
-/// however little there is to wait for. At the end of that, `run` returns and the process ends all the same.
-fn drain(mut phases: tokio::sync::broadcast::Receiver<ExecutionPhase>, shared: &Shared) {
+/// Tells systemd what it waits for, and ends the process once it has been told to stop and no connection is left; Pingora
+/// would wait for all of its grace period, however little there is to wait for. At the end of that, `run` returns and the
+/// process ends all the same.
+fn watch(mut phases: Receiver<ExecutionPhase>, shared: &Shared, admin: SocketAddr, socket: &Path) {
+    let mut succeeded = false;
     loop {
         match phases.blocking_recv() {
+            Ok(ExecutionPhase::Running) => say_ready(admin),
+            Ok(ExecutionPhase::GracefulUpgradeCloseTimeout) => succeeded = true,
             Ok(ExecutionPhase::ShutdownGracePeriod) => break,
             Ok(ExecutionPhase::GracefulTerminate) => shared.draining.store(true, Ordering::Relaxed),
-            Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
-            Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
+            Ok(_) | Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return,
         }
+    }
+    if !succeeded {
+        let _ = sd_notify::notify(&[NotifyState::Stopping]);
+        upgrade::clean(socket);
     }
     tracing::info!(requests = shared.metrics.in_flight.get(), "stopping: requests under way may end");
     shared.draining.store(true, Ordering::Relaxed);
@@ -79,17 +106,106 @@ fn drain(mut phases: tokio::sync::broadcast::Receiver<ExecutionPhase>, shared: &
     while shared.metrics.connections.get() > 0 || shared.metrics.in_flight.get() > 0 {
         std::thread::sleep(Duration::from_millis(10));
     }
-    if let Some(origin) = &shared.privacy_pass {
+    if let Some(origin) = &shared.live.load().privacy_pass {
         origin.settle();
     }
     shared.access_log.close();
     std::process::exit(0);
 }
 
-fn server(config: Config) -> std::result::Result<(Server, Arc<Shared>), StartError> {
-    // Pingora panics where it cannot bind; said before, it is an error.
-    for address in config.listeners.iter().map(|l| l.address).chain([config.admin]) {
-        std::net::TcpListener::bind(address).map_err(|e| StartError::Listen(address, e))?;
+/// `READY=1` and `MAINPID`, once the admin listener accepts: a successor is then the service.
+fn say_ready(admin: SocketAddr) {
+    let mut at = admin;
+    if at.ip().is_unspecified() {
+        at.set_ip(if at.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+    }
+    let until = Instant::now() + Duration::from_secs(10);
+    while std::net::TcpStream::connect_timeout(&at, Duration::from_secs(1)).is_err() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let _ = sd_notify::notify(&[NotifyState::MainPid(std::process::id()), NotifyState::Ready]);
+    tracing::info!("ready");
+}
+
+impl Shared {
+    /// Metrics of the Origin, which may come with a reload.
+    pub(super) fn privacy_pass_metrics(&self) -> std::result::Result<privacypass::Metrics, prometheus::Error> {
+        if let Some(metrics) = self.privacy_pass_metrics.get() {
+            return Ok(metrics.clone());
+        }
+        let metrics = self.metrics.privacy_pass()?;
+        Ok(self.privacy_pass_metrics.get_or_init(|| metrics).clone())
+    }
+}
+
+/// Metrics of what becomes of nodes.
+struct NodeMetrics {
+    metrics: Metrics,
+    /// The nodes there are.
+    known: Mutex<Vec<String>>,
+}
+
+impl Observer for NodeMetrics {
+    fn ejected(&self, node: &str, why: &'static str) {
+        self.metrics.ejections.with_label_values(&[node]).inc();
+        tracing::warn!(%node, why, "a Delivery Service node is left out");
+    }
+
+    fn returned(&self, node: &str) {
+        tracing::info!(%node, "a Delivery Service node is back");
+    }
+
+    fn healthy(&self, node: &str, healthy: bool) {
+        self.metrics.node_healthy.with_label_values(&[node]).set(i64::from(healthy));
+        if healthy {
+            tracing::info!(%node, "a Delivery Service node is healthy");
+        } else {
+            tracing::warn!(%node, "a Delivery Service node is not healthy, and left out");
+        }
+    }
+
+    fn members(&self, labels: &[String]) {
+        self.metrics.nodes.set(i64::try_from(labels.len()).unwrap_or(i64::MAX));
+        let mut known = self.known.lock();
+        for gone in known.iter().filter(|label| !labels.contains(label)) {
+            let _ = self.metrics.node_healthy.remove_label_values(&[gone.as_str()]);
+        }
+        for new in labels.iter().filter(|label| !known.contains(label)) {
+            self.metrics.node_healthy.with_label_values(&[new.as_str()]).set(1);
+        }
+        *known = labels.to_vec();
+    }
+}
+
+/// Resolves nodes again, and checks them.
+struct NodeKeeper(Arc<Nodes>);
+
+#[async_trait]
+impl BackgroundService for NodeKeeper {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        tokio::select! {
+            () = self.0.clone().run() => {}
+            _ = shutdown.changed() => {}
+        }
+    }
+}
+
+fn server(
+    mut config: Config,
+    upgrade: &Upgrade,
+    succeeds: bool,
+    reloads: reload::Later,
+) -> std::result::Result<(Server, Arc<Shared>), StartError> {
+    // Pingora panics where it cannot bind; said before, it is an error. What is in use may be the predecessor's.
+    let egress = config.egress.as_ref().map(|egress| egress.address);
+    let addresses: Vec<_> = config.listeners.iter().map(|l| l.address).collect();
+    for address in addresses.iter().copied().chain(egress).chain([config.admin]) {
+        match std::net::TcpListener::bind(address) {
+            Err(e) if !(succeeds && e.kind() == std::io::ErrorKind::AddrInUse) => {
+                return Err(StartError::Listen(address, e));
+            }
+            _ => {}
+        }
     }
     let metrics = Metrics::new(&config.peers.named)?;
     // For what makes its own TLS configuration: a cluster's connections to the store of limits.
@@ -98,79 +214,94 @@ fn server(config: Config) -> std::result::Result<(Server, Arc<Shared>), StartErr
     metrics.generation.set(1);
     let memory = Memory::new(config.limit_memory, metrics.limits_overflowed.clone());
     let memory = memory.map_err(|e| StartError::Io("limits.memory", e))?;
-    let (fleet, secret) = match config.limit_store {
+    let (fleet, secret) = match config.limit_store.clone() {
         Some((settings, secret)) => {
             let fleet = Fleet::start(settings, metrics.store()?).map_err(|e| StartError::Io("limits.redis", e))?;
             (Some(Arc::new(fleet)), secret)
         }
         None => (None, crate::config::random().ok_or(StartError::Randomness)?),
     };
-    let privacy_pass = match config.privacy_pass {
+    let privacy_pass_metrics = OnceLock::new();
+    let privacy_pass = match config.privacy_pass.take() {
         Some(settings) => {
-            let origin = Origin::start(settings, fleet.clone(), metrics.privacy_pass()?);
-            Some(origin.map_err(|e| StartError::Io("privacy_pass", e))?)
+            let metrics = metrics.privacy_pass()?;
+            let _ = privacy_pass_metrics.set(metrics.clone());
+            let origin = Origin::start(settings, fleet.clone(), metrics);
+            Some(Arc::new(origin.map_err(|e| StartError::Io("privacy_pass", e))?))
         }
         None => None,
     };
-    let limiter = Arc::new(Limiter::new(memory, fleet.filter(|fleet| fleet.keeps_limits())));
+    let limiter = Arc::new(Limiter::new(memory, fleet.clone().filter(|fleet| fleet.keeps_limits())));
+    let admission = Arc::new(Admission::new(config.policy.clone(), limiter, secret, counters));
+    let own_secret = crate::config::random().ok_or(StartError::Randomness)?;
+    let tls = Arc::new(Tls::new(&config, own_secret)?);
+    let egress_door = LiveEgress::new(&config, None).map_err(|e| StartError::Egress(e.to_string()))?;
+    let access_log = AccessLog::open(&config.access_log).map_err(StartError::AccessLog)?;
+    let nodes = Nodes::new(config.upstream.clone(), Arc::new(NodeMetrics { metrics: metrics.clone(), known: Mutex::default() }));
+    resolve(&nodes)?;
+    let (threads, shutdown, admin) = (config.threads, config.timeouts.shutdown, config.admin);
+    let live = Live::new(config, admission, privacy_pass, tls, egress_door);
     let shared = Arc::new(Shared {
-        admission: ArcSwap::from_pointee(Admission::new(config.policy, limiter, secret, counters)),
-        provider: config.provider,
-        peers: config.peers,
-        timeouts: config.timeouts,
-        max_body: config.max_body,
-        privacy_pass,
-        nodes: Nodes::new(config.upstream),
-        access_log: AccessLog::open(&config.access_log).map_err(StartError::AccessLog)?,
+        live: ArcSwap::from_pointee(live),
+        nodes: nodes.clone(),
+        node_tls: NodeTlsForms::default(),
+        connections: Connections::default(),
+        privacy_pass_metrics,
+        fleet,
+        own_secret,
+        access_log,
         metrics,
         draining: AtomicBool::new(false),
     });
 
     let conf = ServerConf {
-        threads: config.threads,
-        work_stealing: config.threads > 1,
+        threads,
+        work_stealing: threads > 1,
         upstream_keepalive_pool_size: 1024,
-        grace_period_seconds: Some(config.timeouts.shutdown.as_secs().max(1)),
+        grace_period_seconds: Some(shutdown.as_secs().max(1)),
         graceful_shutdown_timeout_seconds: Some(1),
         max_retries: 16,
+        upgrade_sock: upgrade.socket.display().to_string(),
         ..ServerConf::default()
     };
-    let mut server = Server::new_with_opt_and_conf(None, conf);
+    let options = Opt { upgrade: succeeds, ..Opt::default() };
+    let mut server = Server::new_with_opt_and_conf(options, conf);
+    // A successor gets the listening sockets here.
     server.bootstrap();
-    for listener in &config.listeners {
+    for address in addresses {
         let mut proxy = HttpProxy::new(Gateway(shared.clone()), server.configuration.clone());
-        proxy.h2_options = Some(h2_options());
-        let mut options = pingora_core::apps::HttpServerOptions::default();
-        // CONNECT is a method like others here: no endpoint has it.
-        options.allow_connect_method_proxying = true;
-        options.h2_idle_timeout = Some(config.timeouts.keepalive);
-        proxy.server_options = Some(options);
         proxy.handle_init_modules();
-        let tls = tls::server_config(config.certificates.clone(), &listener.client_auth)?;
-        let door = door::Door {
-            requests: Arc::new(door::Requests(Arc::new(proxy))),
-            acceptor: TlsAcceptor::from(Arc::new(tls)),
-            shared: shared.clone(),
-        };
-        let mut service = Service::new(format!("federation {}", listener.address), door);
+        let door = door::Door { proxy: Arc::new(proxy), address, shared: shared.clone() };
+        let mut service = Service::new(format!("federation {address}"), door);
         // rustls has buffers of its own, of the size of its records.
         let buffers = L4BufferSettings::unbuffered();
-        service.add_listener(ListenerConfig::tcp(listener.address.to_string()).l4_buffer(buffers));
+        service.add_listener(ListenerConfig::tcp(address.to_string()).l4_buffer(buffers));
         server.add_service(service);
     }
-    let mut admin = Service::new("admin".to_owned(), admin::Admin(shared.clone()));
-    admin.threads = Some(1);
-    admin.add_tcp(&config.admin.to_string());
-    server.add_service(admin);
+    if let Some(address) = egress {
+        let mut proxy = HttpProxy::new(Egress(shared.clone()), server.configuration.clone());
+        proxy.handle_init_modules();
+        let door = egress::EgressDoor { proxy: Arc::new(proxy), address, shared: shared.clone() };
+        let mut service = Service::new(format!("egress {address}"), door);
+        service.add_tcp(&address.to_string());
+        server.add_service(service);
+    }
+    let mut keeper = background_service("nodes", NodeKeeper(nodes));
+    keeper.threads = Some(1);
+    server.add_service(keeper);
+    let mut service = Service::new("admin".to_owned(), admin::Admin { shared: shared.clone(), reloads });
+    service.threads = Some(1);
+    service.add_tcp(&admin.to_string());
+    server.add_service(service);
     Ok((server, shared))
 }
 
-fn h2_options() -> H2Options {
-    let mut options = H2Options::default();
-    options
-        .max_concurrent_streams(100)
-        .max_header_list_size(16 * 1024)
-        .initial_window_size(256 * 1024)
-        .initial_connection_window_size(1024 * 1024);
-    options
+/// Nodes that are named are resolved before there are requests.
+fn resolve(nodes: &Arc<Nodes>) -> std::result::Result<(), StartError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|e| StartError::Io("nodes", e))?;
+    runtime.block_on(nodes.resolve_now());
+    // Not to wait for an answer of the system's that does not come.
+    runtime.shutdown_background();
+    Ok(())
 }

@@ -6,16 +6,21 @@
 //! where an answer went out before the request was all in, it reads on for a while before it closes, because to close on
 //! unread octets makes the kernel reset the connection and destroys the answer on its way.
 
+use super::frames::Frames;
+use super::live::ListenerTls;
 use crate::admission::PeerIdentity;
 use crate::problem::Refusal;
+use crate::tls;
 use async_trait::async_trait;
 use bytes::{Buf, Bytes};
 use pingora_core::protocols::l4::socket::SocketAddr as PingoraAddr;
 use pingora_core::protocols::raw_connect::ProxyDigest;
 use pingora_core::protocols::{
-    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
+    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest,
     UniqueID, UniqueIDType,
 };
+use prometheus::IntCounter;
+use rustls::pki_types::CertificateDer;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -24,8 +29,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::sync::Notify;
 use tokio::time::Sleep;
-use tokio_rustls::server::TlsStream;
 
 /// Octets of a request head at most.
 const MAX_HEAD: usize = 64 * 1024;
@@ -55,6 +60,16 @@ pub(super) struct Connection {
     pub(super) identity: Option<PeerIdentity>,
     /// HTTP/2 by ALPN.
     pub(super) h2: bool,
+    /// The listener it came in at.
+    pub(super) listener: SocketAddr,
+    /// Its certificate, and those that it is said to chain by.
+    pub(super) chain: Vec<CertificateDer<'static>>,
+    /// What the listener trusted then.
+    pub(super) trust: Option<[u8; 32]>,
+    /// What was negotiated, for the Delivery Service, if that is told.
+    pub(super) tls: Option<Box<str>>,
+    /// Tells that it has to end.
+    cut: Notify,
     reading_head: AtomicBool,
     /// How many heads were awaited so far.
     heads: AtomicUsize,
@@ -64,18 +79,66 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// A connection, counted in `open` until it is dropped.
+    /// A connection after its handshake, counted in `open` until it is dropped.
     pub(super) fn new(
         client: SocketAddr,
-        sni: Option<String>,
-        identity: Option<PeerIdentity>,
-        h2: bool,
+        listener: SocketAddr,
+        session: &rustls::ServerConnection,
+        tls: &ListenerTls,
+        says_tls: bool,
         open: prometheus::IntGauge,
     ) -> Self {
         open.inc();
         let off = || AtomicBool::new(false);
-        let heads = AtomicUsize::new(0);
-        Self { client, sni, identity, h2, reading_head: off(), heads, hold: off(), linger: off(), open }
+        let chain: Vec<_> = session.peer_certificates().unwrap_or_default().iter().map(|der| der.clone().into_owned()).collect();
+        Self {
+            client,
+            sni: session.server_name().map(str::to_owned),
+            identity: chain.first().map(tls::identity),
+            h2: session.alpn_protocol() == Some(b"h2"),
+            listener,
+            trust: tls.trust,
+            chain,
+            tls: says_tls.then(|| negotiated(session).into()),
+            cut: Notify::new(),
+            reading_head: off(),
+            heads: AtomicUsize::new(0),
+            hold: off(),
+            linger: off(),
+            open,
+        }
+    }
+
+    /// A connection without TLS, of a node of this provider.
+    pub(super) fn plain(client: SocketAddr, listener: SocketAddr, open: prometheus::IntGauge) -> Self {
+        open.inc();
+        let off = || AtomicBool::new(false);
+        Self {
+            client,
+            sni: None,
+            identity: None,
+            h2: false,
+            listener,
+            trust: None,
+            chain: vec![],
+            tls: None,
+            cut: Notify::new(),
+            reading_head: off(),
+            heads: AtomicUsize::new(0),
+            hold: off(),
+            linger: off(),
+            open,
+        }
+    }
+
+    /// Ends it, whatever is under way on it.
+    pub(super) fn cut(&self) {
+        self.cut.notify_one();
+    }
+
+    /// Waits until it has to end.
+    pub(super) async fn is_cut(&self) {
+        self.cut.notified().await;
     }
 
     /// The head of a request is awaited (HTTP/1.1).
@@ -102,6 +165,17 @@ impl Connection {
     }
 }
 
+/// Version, cipher suite and key exchange, as a field says them.
+fn negotiated(session: &rustls::ServerConnection) -> String {
+    let version = match session.protocol_version() {
+        Some(rustls::ProtocolVersion::TLSv1_3) => "TLSv1.3",
+        _ => "unknown",
+    };
+    let suite = session.negotiated_cipher_suite().map(|suite| format!("{:?}", suite.suite())).unwrap_or_default();
+    let group = session.negotiated_key_exchange_group().map(|group| format!("{:?}", group.name())).unwrap_or_default();
+    format!("version={version};cipher={suite};group={group}")
+}
+
 impl Drop for Connection {
     fn drop(&mut self) {
         self.open.dec();
@@ -119,20 +193,29 @@ enum Head {
     Refused,
 }
 
+/// What the stream is over: TLS, or for the provider's own nodes on the loopback what Pingora accepted.
+pub(super) trait Transport: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static> Transport for T {}
+
 /// The stream.
-pub(super) struct FederationStream {
-    inner: Option<TlsStream<Stream>>,
+pub(super) struct FederationStream<T: Transport> {
+    inner: Option<T>,
+    /// Its descriptor.
+    id: UniqueIDType,
     connection: Arc<Connection>,
     proxy_digest: Arc<ProxyDigest>,
     socket_digest: Arc<SocketDigest>,
     head_timeout: Duration,
+    /// HTTP/2: its frames, and who is told that they are too many.
+    frames: Option<(Frames, IntCounter)>,
     clock: Option<Pin<Box<Sleep>>>,
     head: Head,
     /// Which of the connection's heads this is about.
     nth: usize,
 }
 
-impl std::fmt::Debug for FederationStream {
+impl<T: Transport> std::fmt::Debug for FederationStream<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("FederationStream").field("client", &self.connection.client).finish_non_exhaustive()
     }
@@ -158,23 +241,37 @@ fn plain(refusal: &Refusal) -> Bytes {
     answer.into()
 }
 
-impl FederationStream {
-    pub(super) fn new(inner: TlsStream<Stream>, connection: Arc<Connection>, head_timeout: Duration) -> Self {
+impl<T: Transport> FederationStream<T> {
+    pub(super) fn new(
+        inner: T,
+        id: UniqueIDType,
+        connection: Arc<Connection>,
+        head_timeout: Duration,
+        frames: Option<(Frames, IntCounter)>,
+    ) -> Self {
         // Pingora knows no per-connection data of ours, but passes this on to every request, over HTTP/2 too.
         let response = Box::new(http::Response::new(()).into_parts().0.into());
         let proxy_digest = Arc::new(ProxyDigest::new(response, Some(Box::new(connection.clone()))));
-        let socket_digest = SocketDigest::from_raw_fd(inner.get_ref().0.id());
+        let socket_digest = SocketDigest::from_raw_fd(id);
         // Known already: no getpeername for each request.
         let _ = socket_digest.peer_addr.set(Some(PingoraAddr::Inet(connection.client)));
         Self {
             inner: Some(inner),
+            id,
             connection,
             proxy_digest,
             socket_digest: Arc::new(socket_digest),
             head_timeout,
+            frames,
             clock: Some(Box::pin(tokio::time::sleep(head_timeout))),
             head: Head::Reading { octets: 0 },
             nth: 1,
+        }
+    }
+
+    fn count(&mut self, written: usize) {
+        if let Some((frames, _)) = &mut self.frames {
+            frames.sent(written);
         }
     }
 
@@ -197,6 +294,27 @@ impl FederationStream {
             }
             ready!(Pin::new(inner).poll_flush(cx))?;
             self.head = Head::Refused;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// A read of an HTTP/2 connection, whose frames are counted.
+    fn poll_read_frames(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        if self.clock.is_some() {
+            ready!(self.poll_read_preface(cx, buf))?;
+        } else {
+            let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
+            ready!(Pin::new(inner).poll_read(cx, buf))?;
+        }
+        if let Some((frames, refused)) = &mut self.frames
+            && frames.came(buf.filled().get(before..).unwrap_or_default()).is_err()
+        {
+            refused.inc();
+            // Nothing of it is looked at any more.
+            buf.set_filled(before);
+            self.inner = None;
+            return Poll::Ready(Err(io::Error::other("too many frames that move no request on")));
         }
         Poll::Ready(Ok(()))
     }
@@ -265,14 +383,14 @@ impl FederationStream {
     }
 }
 
-impl AsyncRead for FederationStream {
+impl<T: Transport> AsyncRead for FederationStream<T> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.connection.reading_head.load(Ordering::Relaxed) {
             return this.poll_read_head(cx, buf);
         }
-        if this.connection.h2 && this.clock.is_some() {
-            return this.poll_read_preface(cx, buf);
+        if this.connection.h2 {
+            return this.poll_read_frames(cx, buf);
         }
         let Some(inner) = this.inner.as_mut() else { return Poll::Ready(Err(closed())) };
         if !this.connection.hold.load(Ordering::Relaxed) || buf.remaining() <= HELD_READ {
@@ -286,7 +404,7 @@ impl AsyncRead for FederationStream {
     }
 }
 
-impl AsyncWrite for FederationStream {
+impl<T: Transport> AsyncWrite for FederationStream<T> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         // What is written before a head was in is Pingora's page for what it could not read.
@@ -298,7 +416,11 @@ impl AsyncWrite for FederationStream {
             return Poll::Ready(Ok(buf.len()));
         }
         match this.inner.as_mut() {
-            Some(inner) => Pin::new(inner).poll_write(cx, buf),
+            Some(inner) => {
+                let written = ready!(Pin::new(inner).poll_write(cx, buf))?;
+                this.count(written);
+                Poll::Ready(Ok(written))
+            }
             None => Poll::Ready(Err(closed())),
         }
     }
@@ -325,7 +447,9 @@ impl AsyncWrite for FederationStream {
         let this = self.get_mut();
         match this.inner.as_mut() {
             Some(inner) if !this.connection.reading_head.load(Ordering::Relaxed) => {
-                Pin::new(inner).poll_write_vectored(cx, bufs)
+                let written = ready!(Pin::new(inner).poll_write_vectored(cx, bufs))?;
+                this.count(written);
+                Poll::Ready(Ok(written))
             }
             _ => {
                 let first = bufs.iter().find(|buf| !buf.is_empty()).map_or(&[][..], |buf| &**buf);
@@ -339,7 +463,7 @@ impl AsyncWrite for FederationStream {
     }
 }
 
-impl Drop for FederationStream {
+impl<T: Transport> Drop for FederationStream<T> {
     fn drop(&mut self) {
         if !self.connection.linger.load(Ordering::Relaxed) {
             return;
@@ -359,7 +483,7 @@ impl Drop for FederationStream {
 }
 
 /// Says that nothing more will come, and reads what still does, into nothing.
-async fn linger(mut stream: TlsStream<Stream>) {
+async fn linger(mut stream: impl Transport) {
     let (total, idle) = LINGER;
     let _ = tokio::time::timeout(total, async {
         if stream.shutdown().await.is_err() {
@@ -374,7 +498,7 @@ async fn linger(mut stream: TlsStream<Stream>) {
 // === What Pingora asks of a stream ===
 
 #[async_trait]
-impl Shutdown for FederationStream {
+impl<T: Transport> Shutdown for FederationStream<T> {
     async fn shutdown(&mut self) {
         if let Some(inner) = self.inner.as_mut() {
             let _ = tokio::time::timeout(LINGER.1, tokio::io::AsyncWriteExt::shutdown(inner)).await;
@@ -382,35 +506,35 @@ impl Shutdown for FederationStream {
     }
 }
 
-impl UniqueID for FederationStream {
+impl<T: Transport> UniqueID for FederationStream<T> {
     fn id(&self) -> UniqueIDType {
-        self.inner.as_ref().map_or(-1, |inner| inner.get_ref().0.id())
+        self.id
     }
 }
 
-impl Ssl for FederationStream {
+impl<T: Transport> Ssl for FederationStream<T> {
     fn selected_alpn_proto(&self) -> Option<ALPN> {
         Some(if self.connection.h2 { ALPN::H2 } else { ALPN::H1 })
     }
 }
 
-impl GetTimingDigest for FederationStream {
+impl<T: Transport> GetTimingDigest for FederationStream<T> {
     fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
         vec![]
     }
 }
 
-impl GetProxyDigest for FederationStream {
+impl<T: Transport> GetProxyDigest for FederationStream<T> {
     fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
         Some(self.proxy_digest.clone())
     }
 }
 
-impl GetSocketDigest for FederationStream {
+impl<T: Transport> GetSocketDigest for FederationStream<T> {
     fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
         Some(self.socket_digest.clone())
     }
 }
 
 #[async_trait]
-impl Peek for FederationStream {}
+impl<T: Transport> Peek for FederationStream<T> {}

@@ -2,15 +2,27 @@
 //! them, before it delays a request. No raw group or member ID is in it, only pseudonyms that end with the process.
 
 use crate::config;
+use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
 use serde::Serialize;
 use std::io::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 
-/// Where lines go.
+/// Where lines go. A reload opens it anew, so that a file that was renamed (as logrotate does) is left.
 #[derive(Debug)]
 pub struct AccessLog {
-    writer: Option<(NonBlocking, ErrorCounter)>,
+    open: ArcSwapOption<Open>,
+    /// Lines lost while another was open.
+    lost_before: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Open {
+    writer: NonBlocking,
+    lost: ErrorCounter,
     /// Writes what is queued when it is dropped.
     guard: Mutex<Option<WorkerGuard>>,
 }
@@ -22,6 +34,9 @@ pub struct Line<'a> {
     pub time: String,
     /// Its ID, as the Delivery Service got it.
     pub request_id: &'a str,
+    /// It is one of this provider's own nodes, to another provider.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub egress: bool,
     /// Who sent it.
     pub client: String,
     /// The authenticated provider.
@@ -57,7 +72,24 @@ pub struct Line<'a> {
     /// What the Delivery Service took to begin its answer.
     pub ds_us: Option<u64>,
     /// The node that answered.
-    pub node: Option<String>,
+    pub node: Option<&'a str>,
+    /// Its trace, as the Delivery Service got it (W3C Trace Context).
+    pub trace_id: Option<&'a str>,
+}
+
+impl Open {
+    fn new(settings: &config::AccessLog) -> std::io::Result<Option<Arc<Self>>> {
+        let (writer, guard) = match settings {
+            config::AccessLog::Off => return Ok(None),
+            config::AccessLog::Stdout => NonBlockingBuilder::default().lossy(true).finish(std::io::stdout()),
+            config::AccessLog::File(path) => {
+                let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
+                NonBlockingBuilder::default().lossy(true).finish(file)
+            }
+        };
+        let lost = writer.error_counter();
+        Ok(Some(Arc::new(Self { writer, lost, guard: Mutex::new(Some(guard)) })))
+    }
 }
 
 impl AccessLog {
@@ -66,39 +98,47 @@ impl AccessLog {
     /// # Errors
     /// The file cannot be opened.
     pub fn open(settings: &config::AccessLog) -> std::io::Result<Self> {
-        let (writer, guard) = match settings {
-            config::AccessLog::Off => return Ok(Self { writer: None, guard: Mutex::new(None) }),
-            config::AccessLog::Stdout => NonBlockingBuilder::default().lossy(true).finish(std::io::stdout()),
-            config::AccessLog::File(path) => {
-                let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
-                NonBlockingBuilder::default().lossy(true).finish(file)
-            }
-        };
-        let lost = writer.error_counter();
-        Ok(Self { writer: Some((writer, lost)), guard: Mutex::new(Some(guard)) })
+        Ok(Self { open: ArcSwapOption::new(Open::new(settings)?), lost_before: AtomicU64::new(0) })
+    }
+
+    /// Opens it anew; what is queued goes to where it was.
+    ///
+    /// # Errors
+    /// The file cannot be opened; then nothing has changed.
+    pub fn reopen(&self, settings: &config::AccessLog) -> std::io::Result<()> {
+        let Some(before) = self.open.swap(Open::new(settings)?) else { return Ok(()) };
+        // Who was about to write a line has it in the queue by then; to write the queue out is not for a request to wait for.
+        std::thread::sleep(Duration::from_millis(50));
+        drop(before.guard.lock().take());
+        self.lost_before.fetch_add(before.lost.dropped_lines() as u64, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Whether anything is written at all.
     pub fn is_on(&self) -> bool {
-        self.writer.is_some()
+        self.open.load().is_some()
     }
 
     /// Writes a line.
     pub fn write(&self, line: &Line<'_>) {
-        let Some((writer, _)) = &self.writer else { return };
+        let open = self.open.load();
+        let Some(open) = &*open else { return };
         let Ok(mut text) = serde_json::to_vec(line) else { return };
         text.push(b'\n');
         // The queue takes it whole or loses it whole.
-        let _ = writer.clone().write_all(&text);
+        let _ = open.writer.clone().write_all(&text);
     }
 
     /// Writes what is queued; lines after this are lost.
     pub fn close(&self) {
-        drop(self.guard.lock().take());
+        if let Some(open) = &*self.open.load() {
+            drop(open.guard.lock().take());
+        }
     }
 
     /// Lines lost so far.
     pub fn lost(&self) -> u64 {
-        self.writer.as_ref().map_or(0, |(_, lost)| lost.dropped_lines() as u64)
+        let now = self.open.load().as_ref().map_or(0, |open| open.lost.dropped_lines() as u64);
+        self.lost_before.load(Ordering::Relaxed) + now
     }
 }

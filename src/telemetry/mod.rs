@@ -48,8 +48,20 @@ impl Decision {
 /// The label of requests to no endpoint, and of providers that the configuration does not name.
 const OTHER: &str = "other";
 
+/// Why connections are refused.
+const REFUSED_CONNECTIONS: &[&str] = &[
+    "max",
+    "per-ip",
+    "per-provider",
+    "handshake-rate",
+    "handshakes-at-once",
+    "proxy-protocol",
+    "certificate-expired",
+    "http2-abuse",
+];
+
 /// All metrics of a gateway.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
@@ -70,8 +82,26 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// Requests under way.
     pub in_flight: IntGauge,
-    /// Nodes left out because they refused a connection.
+    /// Connections refused before there was a request on them, by why.
+    pub connections_refused: IntCounterVec,
+    /// Open connections ended because their peer is no longer admitted.
+    pub connections_cut: IntCounter,
+    /// Nodes left out because they refused connections or did not answer.
     pub ejections: IntCounterVec,
+    /// Whether a node's active checks succeed.
+    pub node_healthy: IntGaugeVec,
+    /// Addresses of the Delivery Service's nodes.
+    pub nodes: IntGauge,
+    /// When a certificate of ours ends, by the Unix clock.
+    pub certificate_expiry: IntGaugeVec,
+    /// When a stapled OCSP response ends.
+    pub ocsp_expiry: IntGaugeVec,
+    /// Files that were read again because they had changed, by what came of it.
+    pub file_reloads: IntCounterVec,
+    /// 1 while the newest content of a file is not in use because it is broken.
+    pub file_broken: IntGaugeVec,
+    /// Requests of this provider's nodes to others, by how they ended.
+    pub egress: IntCounterVec,
     /// Access log lines lost because the writer could not keep up.
     pub log_lines_lost: IntCounter,
 }
@@ -100,6 +130,9 @@ impl Metrics {
         };
         let counter = |name: &str, help: &str| registered(&registry, IntCounter::new(name, help)?);
         let gauge = |name: &str, help: &str| registered(&registry, IntGauge::new(name, help)?);
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            registered(&registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
+        };
         let histograms = |name: &str, help: &str| -> Result<Vec<(&'static str, Histogram)>, prometheus::Error> {
             let options = HistogramOpts::new(name, help).buckets(BUCKETS.to_vec());
             let vec = registered(&registry, HistogramVec::new(options, &["endpoint"])?)?;
@@ -164,10 +197,53 @@ impl Metrics {
             )?,
             connections: gauge("connections", "Connections open after their handshake.")?,
             in_flight: gauge("requests_in_flight", "Requests under way.")?,
+            connections_refused: {
+                let refused = counters(
+                    "connections_refused_total",
+                    "Connections ended before they had a request, or for their HTTP/2 frames, by reason.",
+                    &["reason"],
+                )?;
+                for reason in REFUSED_CONNECTIONS {
+                    let _ = refused.with_label_values(&[*reason]);
+                }
+                refused
+            },
+            connections_cut: counter(
+                "connections_cut_total",
+                "Open connections ended because their peer is not admitted any more.",
+            )?,
             ejections: counters(
                 "node_ejections_total",
-                "Delivery Service nodes left out for refusing a connection.",
+                "Delivery Service nodes left out: connections refused, or answers that did not come.",
                 &["node"],
+            )?,
+            node_healthy: gauges("node_healthy", "1 while a node's active checks succeed.", &["node"])?,
+            nodes: gauge("nodes", "Addresses that nodes of the Delivery Service have.")?,
+            certificate_expiry: gauges(
+                "certificate_expiry_seconds",
+                "When a certificate of this gateway ends, by the Unix clock.",
+                &["file"],
+            )?,
+            ocsp_expiry: gauges(
+                "ocsp_expiry_seconds",
+                "When a stapled OCSP response ends, by the Unix clock.",
+                &["file"],
+            )?,
+            file_reloads: counters(
+                "file_reloads_total",
+                "Files of certificates, keys, roots and lists that were read again because they had changed, by result: \
+                 ok, failed (what was there before stays in use).",
+                &["result"],
+            )?,
+            file_broken: gauges(
+                "file_broken",
+                "1 while what a file holds now is not in use because it is broken.",
+                &["file"],
+            )?,
+            egress: counters(
+                "egress_requests_total",
+                "Requests of this provider's own nodes to other providers by result: forwarded, or why not.",
+                &["result"],
             )?,
             log_lines_lost: counter(
                 "access_log_lost_total",

@@ -33,6 +33,8 @@ pub struct Setup {
     pub client_certificates: &'static str,
     pub timeouts: &'static str,
     pub delivery: &'static str,
+    /// More of the first `[[listener]]`.
+    pub listener: String,
     /// Of the table `[limits]`.
     pub limits: String,
     /// Appended as it is.
@@ -50,6 +52,7 @@ impl Setup {
             client_certificates: "optional",
             timeouts: "headers = \"1s\"\nbody_idle = \"1s\"\nbody_total = \"3s\"\nshutdown = \"5s\"",
             delivery: "connect_timeout = \"1s\"\nread_timeout = \"1s\"\neject_for = \"1s\"",
+            listener: String::new(),
             limits: "memory = \"1MiB\"".into(),
             more: String::new(),
         }
@@ -57,6 +60,13 @@ impl Setup {
 
     pub fn h2c(mut self) -> Setup {
         self.nodes.iter_mut().for_each(|(_, protocol)| *protocol = "h2c");
+        self
+    }
+
+    /// More lines of the first listener.
+    pub fn listener(mut self, lines: &str) -> Setup {
+        self.listener.push_str(lines);
+        self.listener.push('\n');
         self
     }
 
@@ -256,6 +266,7 @@ ds_domain = "ds.b.example"
 address = "{addr}"
 client_certificates = "{client_certificates}"
 client_ca = "ca.pem"
+{listener}
 [[certificate]]
 chain = "{chain}"
 key = "{key}"
@@ -279,6 +290,7 @@ threads = 2
         key = key.display(),
         timeouts = setup.timeouts,
         delivery = setup.delivery,
+        listener = setup.listener,
         limits = setup.limits,
         more = setup.more,
     );

@@ -11,6 +11,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod abuse;
 mod command_line;
 mod fleet;
 mod forwarding;
@@ -19,6 +20,7 @@ mod hostile;
 mod interop;
 mod issuers;
 mod limits;
+mod nodes;
 mod outside;
 mod refusals;
 mod spent;

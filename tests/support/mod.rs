@@ -13,10 +13,13 @@
 pub mod client;
 pub mod delivery;
 pub mod ds;
+pub mod ds_process;
 pub mod encode;
+pub mod frames;
 pub mod issuing;
 pub mod mls;
 pub mod pki;
 pub mod program;
+pub mod proxy_protocol;
 pub mod redis;
 pub mod tokens;

@@ -1,0 +1,175 @@
+//! The frames of an HTTP/2 connection, counted as they come (RFC 9113 §4, §10.5): those that move no request on have a
+//! rate of their own, because each costs its sender next to nothing and us an answer, a lookup or a wake-up.
+//!
+//! Only frame heads are looked at, and nothing is kept but where in a frame the connection is. What h2 bounds by itself
+//! (streams at once, fields, CONTINUATION) it still does.
+
+use crate::limiter::gcra::Gcra;
+use std::time::Instant;
+
+/// The preface is no frame (§3.4).
+const PREFACE: usize = 24;
+
+const HEAD: usize = 9;
+
+/// A reset costs as much as five other frames: what it resets has been begun.
+const RESET: u32 = 5;
+
+/// Octets sent to the client for which it may have sent one WINDOW_UPDATE: some open their windows by little.
+const OCTETS_AN_UPDATE: u64 = 512;
+
+/// More control frames than a connection may send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Abuse;
+
+/// The count.
+#[derive(Debug)]
+pub(super) struct Frames {
+    control: Gcra,
+    began: Instant,
+    tat: u64,
+    /// Octets of what is skipped: the preface, or a frame's payload.
+    skip: usize,
+    head: [u8; HEAD],
+    filled: usize,
+    /// WINDOW_UPDATE frames that were not counted yet, for octets that were sent.
+    updates: u64,
+    sent: u64,
+}
+
+impl Frames {
+    pub(super) fn new(control: Gcra) -> Self {
+        Self { control, began: Instant::now(), tat: 0, skip: PREFACE, head: [0; HEAD], filled: 0, updates: 0, sent: 0 }
+    }
+
+    /// Octets went to the client.
+    pub(super) fn sent(&mut self, octets: usize) {
+        self.sent = self.sent.saturating_add(octets as u64);
+    }
+
+    /// Octets came from the client.
+    pub(super) fn came(&mut self, mut octets: &[u8]) -> Result<(), Abuse> {
+        let mut cost = 0u32;
+        loop {
+            let skipped = self.skip.min(octets.len());
+            self.skip -= skipped;
+            octets = octets.get(skipped..).unwrap_or_default();
+            if octets.is_empty() {
+                break;
+            }
+            let wanted = self.head.get_mut(self.filled..).unwrap_or_default();
+            let taken = wanted.len().min(octets.len());
+            for (to, from) in wanted.iter_mut().zip(octets) {
+                *to = *from;
+            }
+            self.filled += taken;
+            octets = octets.get(taken..).unwrap_or_default();
+            if self.filled == HEAD {
+                self.filled = 0;
+                let [a, b, c, kind, flags, ..] = self.head;
+                self.skip = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
+                cost = cost.saturating_add(self.cost(kind, flags));
+            }
+        }
+        self.charge(cost)
+    }
+
+    fn cost(&mut self, kind: u8, flags: u8) -> u32 {
+        const END_STREAM: u8 = 0x1;
+        const PADDED: u8 = 0x8;
+        match kind {
+            // DATA: some of a body, or its end. Padding may be all there is.
+            0 if flags & PADDED == 0 && (self.skip > 0 || flags & END_STREAM != 0) => 0,
+            // HEADERS: a request, which has its own limits.
+            1 => 0,
+            // RST_STREAM
+            3 => RESET,
+            // WINDOW_UPDATE
+            8 => {
+                self.updates += 1;
+                u32::from(self.updates > self.sent / OCTETS_AN_UPDATE)
+            }
+            _ => 1,
+        }
+    }
+
+    fn charge(&mut self, cost: u32) -> Result<(), Abuse> {
+        if cost == 0 {
+            return Ok(());
+        }
+        let now = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.tat = self.control.take(self.tat, now, cost).map_err(|_| Abuse)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    fn frames(burst: u32) -> Frames {
+        let mut frames = Frames::new(Gcra::new(1, Duration::from_secs(3600), burst).unwrap());
+        frames.came(&[b'P'; PREFACE]).unwrap();
+        frames
+    }
+
+    fn frame(kind: u8, flags: u8, length: usize) -> Vec<u8> {
+        let mut octets = (length as u32).to_be_bytes()[1..].to_vec();
+        octets.extend([kind, flags, 0, 0, 0, 1]);
+        octets.resize(HEAD + length, 7);
+        octets
+    }
+
+    #[test]
+    fn requests_are_free_and_what_moves_none_on_is_not() {
+        let mut all = frames(10);
+        for _ in 0..1000 {
+            all.came(&frame(1, 4, 60)).unwrap();
+            all.came(&frame(0, 0, 1000)).unwrap();
+            all.came(&frame(0, 1, 0)).unwrap();
+        }
+        for (kind, flags, length, most) in [(6, 0, 8, 10), (4, 0, 0, 10), (2, 0, 5, 10), (8, 0, 4, 10), (0, 0, 0, 10), (0, 8, 9, 10), (9, 0, 9, 10), (77, 0, 3, 10), (3, 0, 4, 2)] {
+            let mut counted = frames(10);
+            for _ in 0..most {
+                counted.came(&frame(kind, flags, length)).unwrap();
+            }
+            assert_eq!(counted.came(&frame(kind, flags, length)), Err(Abuse), "type {kind}");
+        }
+    }
+
+    #[test]
+    fn windows_may_be_opened_for_what_was_sent() {
+        let mut counted = frames(1);
+        counted.sent(512 * 100);
+        for _ in 0..101 {
+            counted.came(&frame(8, 0, 4)).unwrap();
+        }
+        assert_eq!(counted.came(&frame(8, 0, 4)), Err(Abuse));
+    }
+
+    proptest! {
+        #[test]
+        fn however_the_octets_are_cut(cuts in prop::collection::vec(1usize..40, 1..60)) {
+            let mut octets = vec![b'P'; PREFACE];
+            for n in 0..20 {
+                octets.extend(frame(n % 10, 0, usize::from(n) * 3));
+            }
+            let control = Gcra::new(1, Duration::from_secs(3600), 1000).unwrap();
+            let (mut whole, mut cut) = (Frames::new(control), Frames::new(control));
+            whole.came(&octets).unwrap();
+            let mut rest = &octets[..];
+            for length in cuts.iter().cycle() {
+                let (now, later) = rest.split_at((*length).min(rest.len()));
+                cut.came(now).unwrap();
+                rest = later;
+                if rest.is_empty() {
+                    break;
+                }
+            }
+            prop_assert_eq!((whole.skip, whole.filled, whole.updates), (cut.skip, cut.filled, cut.updates));
+            prop_assert_eq!(whole.tat / 3_600_000_000_000, cut.tat / 3_600_000_000_000);
+        }
+    }
+}
