@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What scanners see of a listener: testssl.sh, sslscan and openssl against the real binary. `make test-tls` runs it; it
-# takes about a minute and no network. It fails on every finding of testssl.sh above LOW (and on every check that it could
-# not make) that is not explained below, and on anything but what docs/tls.md says is spoken.
+# takes about a minute and no network. It fails on every finding of testssl.sh above LOW, and on every check that could
+# not be made, unless it is explained below; and on anything but what docs/tls.md says is spoken.
 #
 #   MOH_GATEWAY=target/release/moh-gateway   another binary (default: target/debug/moh-gateway)
 #   KEEP=1                                   leaves configuration, logs and reports behind, and says where
@@ -11,7 +11,8 @@ readonly NAME=ds.b.example
 
 # Findings that are as they should be, by testssl.sh's ids: docs/tls.md ("What scanners find") says why of each.
 readonly EXPLAINED=(
-  engine_problem # of the openssl that testssl.sh runs here, which has no GOST engine; not of the gateway
+  engine_problem           # of the openssl that testssl.sh runs, which has no GOST engine; not of the gateway
+  sessionresumption_ticket # its client goes before the ticket comes, now and then; tickets are tried here by openssl
 )
 
 # What docs/tls.md says is spoken. Neither scanner knows X25519MLKEM768: tests/e2e/tls.rs holds that it is first.
@@ -192,7 +193,7 @@ scan() { # LOG COMMAND...
 # The lowest security level, or openssl would not even offer what is old.
 connect() { # ARGUMENTS...
   timeout 20 openssl s_client -connect "127.0.0.1:$port" -servername "$NAME" -CAfile "$dir/ca.pem" \
-    -verify_return_error -verify_hostname "$NAME" -alpn h2,http/1.1 "$@" </dev/null 2>&1
+    -verify_return_error -verify_hostname "$NAME" -alpn h2,http/1.1 "$@" </dev/null 2>&1 | tr -d '\0'
 }
 
 # TLS 1.2 is told that it is too old; what is older does not say which signatures it knows, and is refused for that.
@@ -218,6 +219,20 @@ for kind in ECDSA+SHA256 RSA-PSS+SHA256:RSA+SHA256; do
     say "openssl: TLS 1.3, $kind, h2, verified"
   fi
 done
+
+# A ticket comes after the handshake, so the first connection waits for it.
+if ! { sleep 1; } | timeout 20 openssl s_client -connect "127.0.0.1:$port" -servername "$NAME" -CAfile "$dir/ca.pem" \
+  -verify_return_error -tls1_3 -sess_out "$dir/session" >"$dir/session.log" 2>&1; then
+  fail "openssl: no session: $(head -n 1 "$dir/session.log")"
+elif ! [ -s "$dir/session" ]; then
+  fail "openssl: no ticket"
+elif ! answer=$(connect -tls1_3 -sess_in "$dir/session") || ! grep -q '^Reused, TLSv1.3' <<<"$answer"; then
+  fail "openssl: the ticket is not taken"
+elif ! grep -q 'Max Early Data: 0' "$dir/session.log" || grep -q 'Max Early Data: [1-9]' "$dir/session.log"; then
+  fail "openssl: the ticket offers early data"
+else
+  say "openssl: resumed by a ticket, which offers no early data"
+fi
 
 # === sslscan ==========================================================================================================
 
@@ -255,10 +270,12 @@ say "sslscan: TLS 1.3; $suites; $groups"
 
 say "testssl.sh: all of its checks, about 45 s"
 # Nothing is looked up, and nobody else is asked (that takes --phone-out).
-if ! scan testssl.log "$testssl" --quiet --color 0 --warnings batch --nodns none --ip 127.0.0.1 --add-ca "$dir/ca.pem" \
-  --jsonfile "$dir/testssl.json" "$NAME:$port"; then
-  tail -n 5 "$dir/testssl.log" >&2
-  fail "testssl.sh did not come to its end"
+status=0
+scan testssl.log "$testssl" --quiet --color 0 --warnings batch --nodns none --ip 127.0.0.1 --add-ca "$dir/ca.pem" \
+  --jsonfile "$dir/testssl.json" "$NAME:$port" || status=$?
+# Below 50 it is how many checks could not be made, and these are among the findings.
+if [ "$status" -ge 50 ]; then
+  fail "testssl.sh ended with $status: $(tail -n 1 "$dir/testssl.log")"
 fi
 if jq -e 'type == "array" and length > 50' "$dir/testssl.json" >/dev/null 2>&1; then
   # Of two certificates it marks ids with "<cert#1>" and "<cert#2>"; explained is either.

@@ -377,6 +377,11 @@ impl Admission {
         Self::new(policy, self.limiter.clone(), self.secret, counters)
     }
 
+    /// The secret that its keys are hashed under.
+    pub fn secret(&self) -> [u8; 16] {
+        self.secret
+    }
+
     /// Whether a source may try a token, or (`charge`) that one of its tokens did not verify: [`BAD_TOKENS`] a minute, and as
     /// many at once. This node's own count, wherever limits are kept.
     ///

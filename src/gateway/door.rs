@@ -16,7 +16,7 @@ use pingora_core::server::ShutdownWatch;
 use pingora_proxy::{HttpProxy, ProxyHttp};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use rustls::HandshakeKind;
 use tokio_rustls::server::TlsStream;
 
@@ -188,12 +188,17 @@ impl<P> Requests<P> {
             .max_header_list_size(live.http2.max_header_list)
             .initial_window_size(256 * 1024)
             .initial_connection_window_size(1024 * 1024);
-        let mut options = HttpServerOptions::default();
-        // CONNECT is a method like others here: no endpoint has it.
-        options.allow_connect_method_proxying = true;
-        options.h2_idle_timeout = Some(live.timeouts.keepalive);
-        Self { proxy, http2, options }
+        Self { proxy, http2, options: server_options(live.timeouts.keepalive) }
     }
+}
+
+/// What Pingora does with connections and methods.
+pub(super) fn server_options(keepalive: Duration) -> HttpServerOptions {
+    let mut options = HttpServerOptions::default();
+    // CONNECT is a method like others here: no endpoint has it.
+    options.allow_connect_method_proxying = true;
+    options.h2_idle_timeout = Some(keepalive);
+    options
 }
 
 #[async_trait]

@@ -5,6 +5,7 @@ use super::forward;
 use crate::admission::{Admission, Peers};
 use crate::config::{ClientAuth, Config, ConnectionLimits, Fields, Http2, Provider, TicketSettings, Timeouts, Trusted};
 use crate::egress::{Discovery, Patience};
+use crate::limiter::fleet::Fleet;
 use crate::privacypass::Origin;
 use crate::tls::{self, Certificate, CertificateFiles, CertificateStore, Tickets};
 use ipnet::IpNet;
@@ -27,6 +28,8 @@ pub(super) struct Live {
     pub(super) max_body: Arc<[(&'static str, u64)]>,
     pub(super) admission: Arc<Admission>,
     pub(super) privacy_pass: Option<Arc<Origin>>,
+    /// The store of a fleet, if there is one.
+    pub(super) fleet: Option<Arc<Fleet>>,
     pub(super) fields: Arc<Fields>,
     pub(super) connections: Arc<ConnectionLimits>,
     pub(super) http2: Http2,
@@ -238,6 +241,7 @@ impl Live {
         config: Config,
         admission: Arc<Admission>,
         privacy_pass: Option<Arc<Origin>>,
+        fleet: Option<Arc<Fleet>>,
         tls: Arc<Tls>,
         egress: Option<Arc<LiveEgress>>,
     ) -> Self {
@@ -248,6 +252,7 @@ impl Live {
             max_body: config.max_body.into(),
             admission,
             privacy_pass,
+            fleet,
             fields: Arc::new(config.fields),
             connections: Arc::new(config.connections),
             http2: config.http2,

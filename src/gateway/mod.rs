@@ -24,7 +24,7 @@ pub use start::{StartError, run};
 
 use crate::admission::{Admission, Decision as Verdict, Subject, Tally, bind_sender};
 use crate::dialect::{self, Envelope};
-use crate::limiter::fleet::Fleet;
+use crate::limiter::fleet;
 use crate::privacypass;
 use crate::problem::{Refusal, TokenProblem, Violated};
 use crate::telemetry::{AccessLog, Decision, Metrics};
@@ -58,10 +58,10 @@ struct Shared {
     connections: Connections,
     metrics: Metrics,
     access_log: AccessLog,
-    /// The store of a fleet, if there is one: a reload may begin with Privacy Pass.
-    fleet: Option<Arc<Fleet>>,
     /// Metrics of Privacy Pass, once there is any.
     privacy_pass_metrics: OnceLock<privacypass::Metrics>,
+    /// Metrics of the store of a fleet, once there is one.
+    store_metrics: OnceLock<fleet::Metrics>,
     /// What session tickets are made with where the operator gives no secret.
     own_secret: [u8; 32],
     /// The process has been told to stop: no connection is kept for a further request.

@@ -6,7 +6,10 @@
 
 use super::Shared;
 use super::live::{Live, LiveEgress, Tls};
+use crate::admission::Admission;
 use crate::config::Config;
+use crate::limiter::fleet::{self, Fleet};
+use crate::limiter::memory::Memory;
 use crate::privacypass::{self, Origin};
 use crate::tls::Watch;
 use std::collections::HashSet;
@@ -33,8 +36,21 @@ pub(super) struct Fixed {
     admin: SocketAddr,
     egress: Option<SocketAddr>,
     threads: usize,
-    limit_memory: usize,
-    limit_store: String,
+    /// Where spent tokens are known, how many, and what verifies them.
+    tokens: Option<String>,
+}
+
+/// What the limits are kept in.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Stores {
+    memory: usize,
+    fleet: Option<(fleet::Settings, [u8; 16])>,
+}
+
+impl Stores {
+    pub(super) fn of(config: &Config) -> Self {
+        Self { memory: config.limit_memory, fleet: config.limit_store.clone() }
+    }
 }
 
 impl Fixed {
@@ -46,8 +62,9 @@ impl Fixed {
             admin: config.admin,
             egress: config.egress.as_ref().map(|egress| egress.address),
             threads: config.threads,
-            limit_memory: config.limit_memory,
-            limit_store: format!("{:?}", config.limit_store),
+            tokens: config.privacy_pass.as_ref().map(|of| {
+                format!("{:?} {} {} {:?}", of.spent, of.spent_tokens, of.threads, of.max_wait)
+            }),
         }
     }
 
@@ -58,8 +75,10 @@ impl Fixed {
             (self.admin != next.admin, "admin.address"),
             (self.egress != next.egress, "egress.address"),
             (self.threads != next.threads, "runtime.threads"),
-            (self.limit_memory != next.limit_memory, "limits.memory"),
-            (self.limit_store != next.limit_store, "limits.redis"),
+            (
+                self.tokens.is_some() && next.tokens.is_some() && self.tokens != next.tokens,
+                "where [privacy_pass] keeps spent tokens, how many, its threads or max_wait",
+            ),
         ];
         all.into_iter().filter(|(differs, _)| *differs).map(|(_, what)| what).collect()
     }
@@ -70,11 +89,12 @@ struct Reloader {
     file: PathBuf,
     shared: Arc<Shared>,
     fixed: Fixed,
+    stores: Stores,
     watch: Watch,
 }
 
 /// Begins to reload when asked, for as long as the process lives.
-pub(super) fn start(file: PathBuf, shared: Arc<Shared>, fixed: Fixed) -> std::io::Result<Asker> {
+pub(super) fn start(file: PathBuf, shared: Arc<Shared>, fixed: Fixed, stores: Stores) -> std::io::Result<Asker> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut hangup = {
         let _inside = runtime.enter();
@@ -82,7 +102,7 @@ pub(super) fn start(file: PathBuf, shared: Arc<Shared>, fixed: Fixed) -> std::io
     };
     let (asker, mut asked) = mpsc::channel::<oneshot::Sender<Outcome>>(4);
     let watch = Watch::new(files(&shared.live.load()));
-    let mut reloader = Reloader { file, shared, fixed, watch };
+    let mut reloader = Reloader { file, shared, fixed, stores, watch };
     reloader.say_expiries();
     std::thread::Builder::new().name("reload".into()).spawn(move || {
         runtime.block_on(async {
@@ -133,7 +153,8 @@ impl Reloader {
     async fn try_reload(&mut self) -> Outcome {
         let at = self.file.display().to_string();
         let mut config = Config::load(&self.file).map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>())?;
-        let differences = self.fixed.differences(&Fixed::of(&config));
+        let fixed = Fixed::of(&config);
+        let differences = self.fixed.differences(&fixed);
         if !differences.is_empty() {
             let another = |what: &&str| format!("{at}: {what}: to change this takes a restart, or an upgrade (SIGUSR2)");
             return Err(differences.iter().map(another).collect());
@@ -145,34 +166,70 @@ impl Reloader {
         let failed = |what: &str, e: &dyn std::fmt::Display| vec![format!("{at}: {what}: {e}")];
         let tls = Tls::new(&config, self.shared.own_secret).map_err(|e| failed("TLS", &e))?;
         let egress = LiveEgress::new(&config, before.egress.as_deref()).map_err(|e| failed("egress", &e))?;
-        let counters = self.shared.metrics.limits(&config.policy);
-        let admission = match *before.admission.policy() == config.policy {
-            true => before.admission.clone(),
-            false => Arc::new(before.admission.succeed(config.policy.clone(), counters)),
-        };
+        let stores = Stores::of(&config);
+        let (admission, fleet) = self.admission(&before, &config, &stores).map_err(|e| failed("limits", &e))?;
         self.shared.access_log.reopen(&config.access_log).map_err(|e| failed("access_log", &e))?;
-        let privacy_pass = self.privacy_pass(&before, config.privacy_pass.take()).map_err(|e| failed("privacy_pass", &e))?;
+        let privacy_pass = self.privacy_pass(&before, config.privacy_pass.take(), fleet.as_ref()).map_err(|e| failed("privacy_pass", &e))?;
         // From here on nothing fails.
         let upstream = config.upstream.clone();
-        let live = Live::new(config, admission, privacy_pass, Arc::new(tls), egress);
+        let live = Live::new(config, admission, privacy_pass, fleet, Arc::new(tls), egress);
         self.shared.nodes.resolve_ahead(&upstream).await;
         self.shared.nodes.reload(upstream);
         self.begin(live);
+        (self.fixed, self.stores) = (fixed, stores);
         self.shared.metrics.generation.inc();
         Ok(self.shared.metrics.generation.get())
     }
 
+    /// The limits, and the store of a fleet: with another table, which takes over what the one in use knows, or another store.
+    fn admission(
+        &self,
+        before: &Live,
+        config: &Config,
+        stores: &Stores,
+    ) -> std::io::Result<(Arc<Admission>, Option<Arc<Fleet>>)> {
+        let metrics = &self.shared.metrics;
+        let counters = || metrics.limits(&config.policy);
+        if *stores == self.stores {
+            let admission = match *before.admission.policy() == config.policy {
+                true => before.admission.clone(),
+                false => Arc::new(before.admission.succeed(config.policy.clone(), counters())),
+            };
+            return Ok((admission, before.fleet.clone()));
+        }
+        let memory = match stores.memory == self.stores.memory {
+            true => None,
+            false => Some(Memory::new(stores.memory, metrics.limits_overflowed.clone())?),
+        };
+        let (fleet, secret) = match &stores.fleet {
+            same if *same == self.stores.fleet => (before.fleet.clone(), before.admission.secret()),
+            _ if before.privacy_pass.as_ref().is_some_and(|origin| origin.is_of_a_fleet()) => {
+                let why = "spent tokens are kept in limits.redis: to change it takes a restart, or an upgrade (SIGUSR2)";
+                return Err(std::io::Error::other(why));
+            }
+            Some((settings, secret)) => {
+                let metrics = self.shared.store_metrics().map_err(std::io::Error::other)?;
+                (Some(Arc::new(Fleet::start(settings.clone(), metrics)?)), *secret)
+            }
+            None => (None, before.admission.secret()),
+        };
+        let of_limits = fleet.clone().filter(|fleet| fleet.keeps_limits());
+        let limiter = Arc::new(before.admission.limiter().succeed(memory, of_limits));
+        Ok((Arc::new(Admission::new(config.policy.clone(), limiter, secret, counters())), fleet))
+    }
+
     /// The Origin: as it was, with other issuers, begun with, or none any more.
-    fn privacy_pass(&self, before: &Live, settings: Option<privacypass::Settings>) -> std::io::Result<Option<Arc<Origin>>> {
+    fn privacy_pass(&self, before: &Live, settings: Option<privacypass::Settings>, fleet: Option<&Arc<Fleet>>) -> std::io::Result<Option<Arc<Origin>>> {
         match (&before.privacy_pass, settings) {
             (_, None) => Ok(None),
-            (Some(origin), Some(settings)) => {
+            (Some(origin), Some(settings)) if origin.can_become(&settings) => {
                 origin.reload(settings)?;
                 Ok(Some(origin.clone()))
             }
-            (None, Some(settings)) => {
+            // Of another epoch or secret no token of before is taken, so what is known of spent ones is of no use.
+            (_, Some(settings)) => {
                 let metrics = self.shared.privacy_pass_metrics().map_err(std::io::Error::other)?;
-                Origin::start(settings, self.shared.fleet.clone(), metrics).map(|origin| Some(Arc::new(origin)))
+                Origin::start(settings, fleet.cloned(), metrics).map(|origin| Some(Arc::new(origin)))
             }
         }
     }

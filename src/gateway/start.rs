@@ -4,13 +4,13 @@ use super::connections::Connections;
 use super::egress::Egress;
 use super::forward::NodeTlsForms;
 use super::live::{Live, LiveEgress, Tls};
-use super::reload::Fixed;
+use super::reload::{Fixed, Stores};
 use super::upgrade::{Signals, Upgrade};
 use super::{Gateway, Shared, admin, door, egress, reload, upgrade};
 use crate::admission::Admission;
 use crate::config::Config;
 use crate::limiter::Limiter;
-use crate::limiter::fleet::Fleet;
+use crate::limiter::fleet::{self, Fleet};
 use crate::limiter::memory::Memory;
 use crate::privacypass::{self, Origin};
 use crate::telemetry::{AccessLog, Metrics};
@@ -68,10 +68,10 @@ pub enum StartError {
 /// [`StartError`].
 pub fn run(config: Config, file: &Path, from: Option<&Path>) -> std::result::Result<(), StartError> {
     let upgrade = Upgrade::new(file, from).map_err(|e| StartError::Io("upgrade", e))?;
-    let fixed = Fixed::of(&config);
+    let (fixed, stores) = (Fixed::of(&config), Stores::of(&config));
     let (asker, asked) = (reload::Later::default(), config.admin);
     let (server, shared) = server(config, &upgrade, from.is_some(), asker.clone())?;
-    let reloads = reload::start(file.into(), shared.clone(), fixed).map_err(|e| StartError::Io("SIGHUP", e))?;
+    let reloads = reload::start(file.into(), shared.clone(), fixed, stores).map_err(|e| StartError::Io("SIGHUP", e))?;
     let _ = asker.set(reloads);
     let phases = server.watch_execution_phase();
     let (draining, socket) = (shared.clone(), upgrade.socket.clone());
@@ -128,6 +128,15 @@ fn say_ready(admin: SocketAddr) {
 }
 
 impl Shared {
+    /// Metrics of the store of a fleet, which may come with a reload.
+    pub(super) fn store_metrics(&self) -> std::result::Result<fleet::Metrics, prometheus::Error> {
+        if let Some(metrics) = self.store_metrics.get() {
+            return Ok(metrics.clone());
+        }
+        let metrics = self.metrics.store()?;
+        Ok(self.store_metrics.get_or_init(|| metrics).clone())
+    }
+
     /// Metrics of the Origin, which may come with a reload.
     pub(super) fn privacy_pass_metrics(&self) -> std::result::Result<privacypass::Metrics, prometheus::Error> {
         if let Some(metrics) = self.privacy_pass_metrics.get() {
@@ -214,9 +223,12 @@ fn server(
     metrics.generation.set(1);
     let memory = Memory::new(config.limit_memory, metrics.limits_overflowed.clone());
     let memory = memory.map_err(|e| StartError::Io("limits.memory", e))?;
+    let store_metrics = OnceLock::new();
     let (fleet, secret) = match config.limit_store.clone() {
         Some((settings, secret)) => {
-            let fleet = Fleet::start(settings, metrics.store()?).map_err(|e| StartError::Io("limits.redis", e))?;
+            let of_store = metrics.store()?;
+            let _ = store_metrics.set(of_store.clone());
+            let fleet = Fleet::start(settings, of_store).map_err(|e| StartError::Io("limits.redis", e))?;
             (Some(Arc::new(fleet)), secret)
         }
         None => (None, crate::config::random().ok_or(StartError::Randomness)?),
@@ -240,14 +252,14 @@ fn server(
     let nodes = Nodes::new(config.upstream.clone(), Arc::new(NodeMetrics { metrics: metrics.clone(), known: Mutex::default() }));
     resolve(&nodes)?;
     let (threads, shutdown, admin) = (config.threads, config.timeouts.shutdown, config.admin);
-    let live = Live::new(config, admission, privacy_pass, tls, egress_door);
+    let live = Live::new(config, admission, privacy_pass, fleet, tls, egress_door);
     let shared = Arc::new(Shared {
         live: ArcSwap::from_pointee(live),
         nodes: nodes.clone(),
         node_tls: NodeTlsForms::default(),
         connections: Connections::default(),
         privacy_pass_metrics,
-        fleet,
+        store_metrics,
         own_secret,
         access_log,
         metrics,
@@ -270,6 +282,7 @@ fn server(
     server.bootstrap();
     for address in addresses {
         let mut proxy = HttpProxy::new(Gateway(shared.clone()), server.configuration.clone());
+        proxy.server_options = Some(door::server_options(shared.live.load().timeouts.keepalive));
         proxy.handle_init_modules();
         let door = door::Door { proxy: Arc::new(proxy), address, shared: shared.clone() };
         let mut service = Service::new(format!("federation {address}"), door);
@@ -280,6 +293,7 @@ fn server(
     }
     if let Some(address) = egress {
         let mut proxy = HttpProxy::new(Egress(shared.clone()), server.configuration.clone());
+        proxy.server_options = Some(door::server_options(shared.live.load().timeouts.keepalive));
         proxy.handle_init_modules();
         let door = egress::EgressDoor { proxy: Arc::new(proxy), address, shared: shared.clone() };
         let mut service = Service::new(format!("egress {address}"), door);

@@ -391,6 +391,40 @@ impl<L: Locks> Memory<L> {
         pass
     }
 
+    /// Takes over what another table knows at `now`: each key has the later of its two times. What is charged there while this
+    /// goes on may be missed. Where there is no room for all, those that come last have none, and their limits' overflow
+    /// buckets are there for them.
+    pub fn absorb(&self, other: &Self, now: u64) {
+        for shard in &other.shards {
+            // Copied out, so that no request there waits for what is done here.
+            let mut entries: Vec<(Key, u64)> = vec![];
+            {
+                let shard = L::lock(shard);
+                let buckets = (0..other.buckets).filter_map(|bucket| shard.bucket(bucket));
+                for place in buckets.flat_map(|bucket| bucket.as_chunks::<PLACE>().0) {
+                    let [high, low, tat] = place.map(number);
+                    if tat > now {
+                        entries.push((Key(u128::from(high) << 64 | u128::from(low)), tat));
+                    }
+                }
+            }
+            for (key, tat) in entries {
+                let (mut guards, spots, now) = self.lock(now, std::iter::once(key));
+                for spot in &spots {
+                    if let (slot @ Slot::Place { .. }, known) = self.find(&mut guards, spot, now) {
+                        Self::set(&mut guards, spot, slot, tat.max(known));
+                    }
+                }
+            }
+        }
+        let theirs: Vec<_> = L::lock(&other.overflow).iter().map(|(bucket, tat)| (*bucket, *tat)).collect();
+        let mut times = L::lock(&self.overflow);
+        for (bucket, tat) in theirs {
+            let known = times.get(&bucket).copied().unwrap_or(0);
+            remember(&mut times, bucket, tat.max(known), now);
+        }
+    }
+
     /// Charges what has been used already, whether or not there is so much.
     pub fn charge(&self, now: u64, checks: &[Check]) {
         let (mut guards, spots, now) = self.lock(now, checks.iter().map(|check| check.key));

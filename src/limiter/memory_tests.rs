@@ -363,3 +363,19 @@ fn under_any_schedule_one_key_admits_its_burst() {
     };
     shuttle::check_random(run, 2_000);
 }
+
+#[test]
+fn another_table_takes_over_what_one_knows() {
+    let before = store(1 << 20);
+    for n in 0..2000 {
+        assert!(ask(&before, SECOND, &[check(n, 3)]).0);
+    }
+    for octets in [4 << 20, 256 << 10] {
+        let after = store(octets);
+        after.absorb(&before, SECOND);
+        for n in 0..2000 {
+            let left = (0..5).filter(|_| ask(&after, SECOND, &[check(n, 3)]).0).count();
+            assert_eq!(left, 2, "one of three was taken before");
+        }
+    }
+}

@@ -192,6 +192,19 @@ impl Limiter {
         Self { memory: Arc::new(memory), in_flight: InFlight::default(), fleet, clock: Clock::start() }
     }
 
+    /// Another one that goes on from this: with another table, which takes over what this one's knows, or another store.
+    /// Requests under way are counted together.
+    pub fn succeed(&self, memory: Option<Memory>, fleet: Option<Arc<Fleet>>) -> Self {
+        let memory = match memory {
+            Some(memory) => {
+                memory.absorb(&self.memory, self.clock.now());
+                Arc::new(memory)
+            }
+            None => self.memory.clone(),
+        };
+        Self { memory, in_flight: self.in_flight.clone(), fleet, clock: self.clock }
+    }
+
     /// Asks all checks of a request together. Charges them, if that is asked for and every enforced one lets the request
     /// pass: those that do, and of the shadows those that would. Returns whether all enforced ones do. `at` is when the
     /// request first asked: it waits for a store no longer than its time-out after that, however often it asks.

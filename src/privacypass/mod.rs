@@ -217,13 +217,23 @@ impl Origin {
         Ok(())
     }
 
+    /// Whether [`Origin::reload`] can make this of it: the epoch and the secret stay. What is spent is known by them.
+    pub fn can_become(&self, settings: &Settings) -> bool {
+        settings.epoch == self.epoch && settings.secret.as_ref().is_none_or(|secret| *secret == self.secret)
+    }
+
+    /// Whether spent tokens are kept in the store of a fleet.
+    pub fn is_of_a_fleet(&self) -> bool {
+        self.spent.is_of_a_fleet()
+    }
+
     /// Takes over what a configuration says of issuers, origin and bindings; the rest takes a restart. Directories are asked
     /// at once. Issuers keep what their directories have said so far.
     ///
     /// # Errors
     /// The epoch or the secret is another: what is spent is known by them. Or there are no threads to be had.
     pub fn reload(&self, settings: Settings) -> std::io::Result<()> {
-        if settings.epoch != self.epoch || settings.secret.as_ref().is_some_and(|secret| *secret != self.secret) {
+        if !self.can_become(&settings) {
             return Err(std::io::Error::other("another epoch or secret takes a restart"));
         }
         let before = self.challenges.load_full();

@@ -140,21 +140,25 @@ async fn without_a_key_nothing_is_asked_for() {
 }
 
 #[tokio::test]
-async fn a_reload_takes_issuers_and_bindings_but_no_other_epoch() {
+async fn a_reload_takes_issuers_bindings_and_another_epoch() {
     let (ds, dir) = (Ds::start().await, tempfile::tempdir().unwrap());
     let issuer = issuer(dir.path(), &[]).await;
     let mut gateway = gateway(&ds, &issuer, "").await;
     gateway.until_metric(HEARD, |n| n >= 1.0).await;
     let ready = token(&gateway, &issuer).await;
     gateway
-        .reload("failed", |setup| setup.more = setup.more.replace("[privacy_pass]", "[privacy_pass]\nepoch = \"2h\""))
+        .reload("ok", |setup| setup.more = setup.more.replace("[privacy_pass]", "[privacy_pass]\nepoch = \"2h\""))
         .await;
-    assert!(gateway.stderr().contains("another epoch or secret takes a restart"), "{}", gateway.stderr());
-    assert_eq!(ask(&gateway.stranger(), &[&ready]).await.status, 200, "nothing has changed");
+    gateway.until_metric(HEARD, |n| n >= 2.0).await;
+    let answer = ask(&gateway.stranger(), &[&ready]).await;
+    assert_eq!(outcome(&answer), (401, "token-wrong-challenge".into()), "it is of another epoch");
+    let ready = token(&gateway, &issuer).await;
+    assert_eq!(ask(&gateway.stranger(), &[&ready]).await.status, 200);
+    assert_eq!(outcome(&ask(&gateway.stranger(), &[&ready]).await), (401, "token-spent".into()));
     let private =
         format!("[[privacy_pass.issuer]]\nname = \"{NAME}\"\ntoken_type = 5\nkey_file = {:?}\n", issuer.key_file(5));
     gateway
-        .reload("ok", |setup| setup.more = setup.more.replace("epoch = \"2h\"", "context = \"endpoint\"") + &private)
+        .reload("ok", |setup| setup.more = setup.more.replace("epoch = \"2h\"", "epoch = \"2h\"\ncontext = \"endpoint\"") + &private)
         .await;
     let answer = ask(&gateway.stranger(), &[]).await;
     let challenges = crate::support::tokens::challenges(&answer.headers);

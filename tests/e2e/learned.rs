@@ -8,22 +8,14 @@ use crate::support::pki::Identity;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use http::Method;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use std::collections::BTreeMap;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// The names that are in use unless others are configured, and those that are usual for what is off then.
-const USUAL: [&str; 7] = [
-    "x-moh-provider",
-    "forwarded",
-    "client-cert",
-    "client-cert-chain",
-    "x-moh-tls",
-    "x-request-id",
-    "traceparent",
-];
+const USUAL: [&str; 7] =
+    ["x-moh-provider", "forwarded", "client-cert", "client-cert-chain", "x-moh-tls", "x-request-id", "traceparent"];
 
 /// Keys of `[delivery_service.fields]`, in the same order.
 const KEYS: [&str; 7] =
@@ -156,20 +148,7 @@ fn der(pem: &str) -> Vec<Vec<u8>> {
 
 /// A certificate of a.example by an authority that the federation's has certified, which it brings along.
 fn by_an_intermediate() -> Identity {
-    let mut its_params = None;
-    let intermediate = ca().issue_with(&[], |params| {
-        params.distinguished_name.push(DnType::CommonName, "intermediate");
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        params.extended_key_usages = vec![];
-        its_params = Some(params.clone());
-    });
-    let issuer = Issuer::new(its_params.unwrap(), KeyPair::from_pem(&intermediate.key_pem).unwrap());
-    let mut params = CertificateParams::new(vec!["a.example".to_owned()]).unwrap();
-    params.use_authority_key_identifier_extension = true;
-    let key = KeyPair::generate().unwrap();
-    let leaf = params.signed_by(&key, &issuer).unwrap();
-    Identity { chain_pem: leaf.pem() + &intermediate.chain_pem, key_pem: key.serialize_pem() }
+    ca().below("intermediate").issue(&["a.example"])
 }
 
 #[tokio::test]

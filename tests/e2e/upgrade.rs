@@ -338,9 +338,7 @@ impl Load {
             let body = body.clone();
             let answer = match manner {
                 Manner::Keeps(client) => client.send(Method::POST, PATH, body).await,
-                Manner::Closes(client) => {
-                    client.send_with(Method::POST, PATH, &[("connection", "close")], body).await
-                }
+                Manner::Closes(client) => client.send_with(Method::POST, PATH, &[("connection", "close")], body).await,
                 Manner::New(true) => client(self.addr).http2().send(Method::POST, PATH, body).await,
                 Manner::New(false) => client(self.addr).http1().send(Method::POST, PATH, body).await,
             };

@@ -1,5 +1,5 @@
-//! Certificates made on the spot: authorities, certificates for servers and clients at once (ECDSA P-256, or another kind of key),
-//! lists of what is revoked, and OCSP responses.
+//! Certificates made on the spot: authorities, certificates for servers and clients at once (ECDSA P-256, or another
+//! kind of key), lists of what is revoked, and OCSP responses.
 #![allow(
     dead_code,
     clippy::unwrap_used,
@@ -99,8 +99,13 @@ impl Ca {
         Identity { chain_pem: certificate.pem() + &self.above, key_pem: key.serialize_pem() }
     }
 
-    /// A list in PEM of these as revoked, which ends so many seconds from now.
-    pub fn crl(&self, revoked: &[&Identity], until: i64) -> String {
+    /// A list in PEM of these as revoked, good for an hour.
+    pub fn crl(&self, revoked: &[&Identity]) -> String {
+        self.crl_until(revoked, 3600)
+    }
+
+    /// As [`Ca::crl`], good until so many seconds from now.
+    pub fn crl_until(&self, revoked: &[&Identity], until: i64) -> String {
         let revoked = revoked.iter().map(|identity| RevokedCertParams {
             serial_number: SerialNumber::from_slice(&read(&identity.der(), |it| it.raw_serial().to_vec())),
             revocation_time: now(-7200),
@@ -118,8 +123,13 @@ impl Ca {
         list.signed_by(&self.issuer).unwrap().pem().unwrap()
     }
 
-    /// An OCSP response in DER (RFC 6960 §4.2.1) that a certificate is good, until so many seconds from now.
-    pub fn ocsp(&self, about: &Identity, until: i64) -> Vec<u8> {
+    /// An OCSP response in DER (RFC 6960 §4.2.1) that a certificate is good, itself good for an hour.
+    pub fn ocsp(&self, about: &Identity) -> Vec<u8> {
+        self.ocsp_until(about, 3600)
+    }
+
+    /// As [`Ca::ocsp`], good until so many seconds from now.
+    pub fn ocsp_until(&self, about: &Identity, until: i64) -> Vec<u8> {
         let sha1 = |octets: &[u8]| {
             let digest = digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, octets);
             der(0x04, &[digest.as_ref()])
@@ -128,9 +138,8 @@ impl Ca {
             let time: chrono::DateTime<chrono::Utc> = now(seconds);
             der(0x18, &[time.format("%Y%m%d%H%M%SZ").to_string().as_bytes()])
         };
-        let (name, key) = read(self.issuer.der(), |it| {
-            (sha1(it.subject().as_raw()), sha1(&it.public_key().subject_public_key.data))
-        });
+        let (name, key) =
+            read(self.issuer.der(), |it| (sha1(it.subject().as_raw()), sha1(&it.public_key().subject_public_key.data)));
         let serial = der(0x02, &[&read(&about.der(), |it| it.raw_serial().to_vec())]);
         let by_sha1 = sequence(&[&der(0x06, &[&[0x2b, 0x0e, 0x03, 0x02, 0x1a]]), &der(0x05, &[])]);
         let id = sequence(&[&by_sha1, &name, &key, &serial]);

@@ -42,7 +42,7 @@ pub enum Mode {
     },
 }
 
-/// TLS towards the store.
+/// TLS towards the store. Two are equal whose roots are.
 #[derive(Debug, Clone)]
 pub struct Tls {
     /// For a single server.
@@ -51,8 +51,14 @@ pub struct Tls {
     pub ca_pem: Vec<u8>,
 }
 
+impl PartialEq for Tls {
+    fn eq(&self, other: &Self) -> bool {
+        self.ca_pem == other.ca_pem
+    }
+}
+
 /// The store, and how it is used.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// Hosts and ports: the nodes of a cluster to ask first, or servers of which the first that answers is used.
     pub nodes: Vec<(String, u16)>,
@@ -103,11 +109,16 @@ const PAUSES_MS: [u64; 6] = [0, 250, 1000, 5000, 30_000, 120_000];
 /// Tokens that wait to be given back. More have one attempt each.
 const GIVING_BACK: usize = 10_000;
 
+/// For so long the thread goes on when a reload has put another store in this one's place.
+const LAST: Duration = Duration::from_secs(10);
+
 /// What the nodes of a fleet share.
 pub struct Fleet {
     shared: Arc<Shared>,
     runtime: tokio::runtime::Handle,
     giving_back: Arc<Semaphore>,
+    /// Its thread ends after this is dropped.
+    _end: tokio::sync::oneshot::Sender<()>,
 }
 
 struct Shared {
@@ -171,16 +182,24 @@ impl Fleet {
             clock: Clock::start(),
         });
         let own = shared.clone();
+        let (end, ended) = tokio::sync::oneshot::channel();
         std::thread::Builder::new().name("limits-store".into()).spawn(move || {
             runtime.block_on(async {
                 if let Some(wants) = wants {
                     tokio::spawn(leases::negotiate(own.clone(), wants));
                     tokio::spawn(leases::give_back(own.clone()));
                 }
-                own.remote.keep(&own).await;
+                tokio::select! {
+                    () = own.remote.keep(&own) => {}
+                    // Nobody asks any more. What is leased and not used goes back first.
+                    () = async {
+                        let _ = ended.await;
+                        tokio::time::sleep(LAST).await;
+                    } => {}
+                }
             });
         })?;
-        Ok(Self { shared, runtime: handle, giving_back: Arc::new(Semaphore::new(GIVING_BACK)) })
+        Ok(Self { shared, runtime: handle, giving_back: Arc::new(Semaphore::new(GIVING_BACK)), _end: end })
     }
 
     pub(super) fn is_partitioned_by_provider(&self) -> bool {

@@ -95,6 +95,11 @@ impl Spent {
         Ok(self)
     }
 
+    /// Whether a fleet's store decides.
+    pub fn is_of_a_fleet(&self) -> bool {
+        self.fleet.is_some()
+    }
+
     /// Has a fleet's store decide.
     pub fn with_fleet(mut self, fleet: Arc<Fleet>, without: WithoutStore) -> Self {
         self.fleet = Some((fleet, without));
