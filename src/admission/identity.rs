@@ -68,6 +68,10 @@ impl Peers {
 
     /// Whether the bearer of a certificate may send in any of the names it holds.
     pub fn admits_any(&self, identity: &PeerIdentity) -> bool {
+        if identity.dns_names.is_empty() {
+            // It sends in nobody's name, as those without a certificate of whom none is asked.
+            return self.allow.is_none();
+        }
         identity.dns_names.iter().any(|held| match held.strip_prefix("*.") {
             None => ProviderName::from_bytes(held.as_bytes()).is_ok_and(|name| self.admit(&name, Some(identity)).is_ok()),
             // It holds all names of this pattern: those that are denied one by one leave others.
@@ -167,6 +171,8 @@ mod tests {
         let deny = |names: &[&str]| Peers { deny: list(names), ..Peers::default() };
         let (one, two, all_of) = (certified(&["a.example"]), certified(&["a.example", "b.example"]), certified(&["*.c.example"]));
         assert!(Peers::default().admits_any(&one));
+        let nobody = PeerIdentity::default();
+        assert!(deny(&["a.example"]).admits_any(&nobody) && !allow(&["a.example"]).admits_any(&nobody));
         assert!(allow(&["b.example"]).admits_any(&two) && !allow(&["b.example"]).admits_any(&one));
         assert!(deny(&["a.example"]).admits_any(&two) && !deny(&["a.example"]).admits_any(&one));
         assert!(allow(&["x.c.example"]).admits_any(&all_of) && allow(&["*.c.example"]).admits_any(&all_of));

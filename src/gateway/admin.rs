@@ -31,11 +31,11 @@ impl ServeHttp for Admin {
                     text(StatusCode::FORBIDDEN, "text/plain", b"not from a browser\n".to_vec())
                 }
                 http::Method::POST => self.reload().await,
-                _ => text(StatusCode::METHOD_NOT_ALLOWED, "text/plain", b"POST only\n".to_vec()),
+                _ => not_allowed("POST"),
             };
         }
         if request.method != http::Method::GET && request.method != http::Method::HEAD {
-            return text(StatusCode::METHOD_NOT_ALLOWED, "text/plain", b"GET only\n".to_vec());
+            return not_allowed("GET, HEAD");
         }
         match request.uri.path() {
             "/healthz" => text(StatusCode::OK, "text/plain", b"ok\n".to_vec()),
@@ -105,6 +105,12 @@ impl Admin {
             Err("no Delivery Service node accepts a connection")
         }
     }
+}
+
+fn not_allowed(allow: &'static str) -> Response<Vec<u8>> {
+    let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "text/plain", format!("{allow} only\n").into_bytes());
+    response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(allow));
+    response
 }
 
 fn text(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Response<Vec<u8>> {

@@ -63,6 +63,16 @@ impl Connections {
         Counted::one(&self.open, live.connections.max).ok_or("max")
     }
 
+    /// How many are open, with those that have not shaken hands yet.
+    pub(super) fn count(&self) -> u32 {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// One more of all, however many there are.
+    pub(super) fn open_anyway(&self) -> Option<Counted> {
+        Counted::one(&self.open, u32::MAX)
+    }
+
     /// One more of a source, which begins a handshake.
     pub(super) fn from(&self, live: &Live, ip: IpAddr) -> Result<(Option<Ticket>, Counted), Why> {
         let limits = &live.connections;

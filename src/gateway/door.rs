@@ -133,6 +133,7 @@ impl ServerApp for Door {
     }
 
     async fn cleanup(&self) {
+        self.shared.leave_time().await;
         self.proxy.http_cleanup().await;
     }
 }

@@ -44,6 +44,7 @@ pub(super) struct EgressDoor {
 #[async_trait]
 impl ServerApp for EgressDoor {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+        let _open = self.shared.connections.open_anyway()?;
         let client = client_of(&stream)?;
         let live = self.shared.live.load_full();
         let egress = live.egress.clone()?;
@@ -63,6 +64,7 @@ impl ServerApp for EgressDoor {
     }
 
     async fn cleanup(&self) {
+        self.shared.leave_time().await;
         self.proxy.http_cleanup().await;
     }
 }

@@ -66,6 +66,8 @@ struct Shared {
     own_secret: [u8; 32],
     /// The process has been told to stop: no connection is kept for a further request.
     draining: AtomicBool,
+    /// Another process has its listening sockets.
+    succeeded: AtomicBool,
 }
 
 /// Pingora's view of the gateway.

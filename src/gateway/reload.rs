@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::limiter::fleet::{self, Fleet};
 use crate::limiter::memory::Memory;
 use crate::privacypass::{self, Origin};
+use crate::telemetry::AccessLog;
 use crate::tls::Watch;
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -103,7 +104,7 @@ pub(super) fn start(file: PathBuf, shared: Arc<Shared>, fixed: Fixed, stores: St
     let (asker, mut asked) = mpsc::channel::<oneshot::Sender<Outcome>>(4);
     let watch = Watch::new(files(&shared.live.load()));
     let mut reloader = Reloader { file, shared, fixed, stores, watch };
-    reloader.say_expiries();
+    reloader.watch_anew();
     std::thread::Builder::new().name("reload".into()).spawn(move || {
         runtime.block_on(async {
             loop {
@@ -168,14 +169,17 @@ impl Reloader {
         let egress = LiveEgress::new(&config, before.egress.as_deref()).map_err(|e| failed("egress", &e))?;
         let stores = Stores::of(&config);
         let (admission, fleet) = self.admission(&before, &config, &stores).map_err(|e| failed("limits", &e))?;
-        self.shared.access_log.reopen(&config.access_log).map_err(|e| failed("access_log", &e))?;
+        let access_log = AccessLog::open(&config.access_log).map_err(|e| failed("access_log", &e))?;
         let privacy_pass = self.privacy_pass(&before, config.privacy_pass.take(), fleet.as_ref()).map_err(|e| failed("privacy_pass", &e))?;
         // From here on nothing fails.
+        self.shared.access_log.exchange(&access_log);
         let upstream = config.upstream.clone();
         let live = Live::new(config, admission, privacy_pass, fleet, Arc::new(tls), egress);
         self.shared.nodes.resolve_ahead(&upstream).await;
         self.shared.nodes.reload(upstream);
         self.begin(live);
+        self.shared.metrics.file_broken.reset();
+        self.watch_anew();
         (self.fixed, self.stores) = (fixed, stores);
         self.shared.metrics.generation.inc();
         Ok(self.shared.metrics.generation.get())
@@ -242,8 +246,17 @@ impl Reloader {
         if cut > 0 {
             tracing::info!(connections = cut, "ended: their peers are not admitted any more");
         }
-        self.watch = Watch::new(files(&live));
         self.say_expiries();
+    }
+
+    /// Watches the files of what is in use from now on. One that has changed since it was read is not missed: all are read once
+    /// more, and of what cannot be read now nothing is said before it changes again.
+    fn watch_anew(&mut self) {
+        let live = self.shared.live.load_full();
+        self.watch = Watch::new(files(&live));
+        if let Ok(tls) = live.tls.refreshed(|_| true, |_| {}) {
+            self.begin(Live { tls: Arc::new(tls), ..(*live).clone() });
+        }
     }
 
     /// Looks at the files, and takes those that have changed.

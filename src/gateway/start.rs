@@ -89,7 +89,10 @@ fn watch(mut phases: Receiver<ExecutionPhase>, shared: &Shared, admin: SocketAdd
     loop {
         match phases.blocking_recv() {
             Ok(ExecutionPhase::Running) => say_ready(admin),
-            Ok(ExecutionPhase::GracefulUpgradeCloseTimeout) => succeeded = true,
+            Ok(ExecutionPhase::GracefulUpgradeCloseTimeout) => {
+                succeeded = true;
+                shared.succeeded.store(true, Ordering::Relaxed);
+            }
             Ok(ExecutionPhase::ShutdownGracePeriod) => break,
             Ok(ExecutionPhase::GracefulTerminate) => shared.draining.store(true, Ordering::Relaxed),
             Ok(_) | Err(RecvError::Lagged(_)) => {}
@@ -103,7 +106,7 @@ fn watch(mut phases: Receiver<ExecutionPhase>, shared: &Shared, admin: SocketAdd
     tracing::info!(requests = shared.metrics.in_flight.get(), "stopping: requests under way may end");
     shared.draining.store(true, Ordering::Relaxed);
     // A connection is closed once all that HTTP/2 was given to send is sent; a request has ended before that.
-    while shared.metrics.connections.get() > 0 || shared.metrics.in_flight.get() > 0 {
+    while shared.connections.count() > 0 || shared.metrics.connections.get() > 0 || shared.metrics.in_flight.get() > 0 {
         std::thread::sleep(Duration::from_millis(10));
     }
     if let Some(origin) = &shared.live.load().privacy_pass {
@@ -128,6 +131,19 @@ fn say_ready(admin: SocketAddr) {
 }
 
 impl Shared {
+    /// Once no connection is accepted any more: leaves those that are kept for a further request time for it, which is answered
+    /// with `connection: close`. To close one at once would be to lose a request that is on its way. With a successor
+    /// there is more time: nobody waits for this process to end.
+    pub(super) async fn leave_time(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+        let half = self.live.load().timeouts.shutdown / 2;
+        let most = if self.succeeded.load(Ordering::Relaxed) { half } else { half.min(Duration::from_secs(1)) };
+        let until = Instant::now() + most;
+        while self.connections.count() > 0 && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     /// Metrics of the store of a fleet, which may come with a reload.
     pub(super) fn store_metrics(&self) -> std::result::Result<fleet::Metrics, prometheus::Error> {
         if let Some(metrics) = self.store_metrics.get() {
@@ -264,6 +280,7 @@ fn server(
         access_log,
         metrics,
         draining: AtomicBool::new(false),
+        succeeded: AtomicBool::new(false),
     });
 
     let conf = ServerConf {

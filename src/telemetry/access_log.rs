@@ -101,17 +101,13 @@ impl AccessLog {
         Ok(Self { open: ArcSwapOption::new(Open::new(settings)?), lost_before: AtomicU64::new(0) })
     }
 
-    /// Opens it anew; what is queued goes to where it was.
-    ///
-    /// # Errors
-    /// The file cannot be opened; then nothing has changed.
-    pub fn reopen(&self, settings: &config::AccessLog) -> std::io::Result<()> {
-        let Some(before) = self.open.swap(Open::new(settings)?) else { return Ok(()) };
+    /// Writes to what another has opened from now on; what is queued goes to where it was.
+    pub fn exchange(&self, with: &Self) {
+        let Some(before) = self.open.swap(with.open.load_full()) else { return };
         // Who was about to write a line has it in the queue by then; to write the queue out is not for a request to wait for.
         std::thread::sleep(Duration::from_millis(50));
         drop(before.guard.lock().take());
         self.lost_before.fetch_add(before.lost.dropped_lines() as u64, Ordering::Relaxed);
-        Ok(())
     }
 
     /// Whether anything is written at all.

@@ -99,7 +99,15 @@ impl Resolver<'_> {
                 ocsp: table.ocsp.as_ref().map(|path| self.beside(path.get_ref())),
             };
             match files.load() {
-                Ok(certificate) => certificates.push((files, certificate)),
+                Ok(certificate) => {
+                    // A responder that is away is no reason not to start.
+                    let ended = certificate.ocsp_until().is_some_and(|until| until <= std::time::SystemTime::now());
+                    if let Some(ocsp) = table.ocsp.as_ref().filter(|_| ended) {
+                        let message = format!("{}: it has expired, and is not stapled", ocsp.get_ref().display());
+                        self.hint(ocsp, format!("certificate[{i}].ocsp"), message);
+                    }
+                    certificates.push((files, certificate));
+                }
                 Err(e) => {
                     let (part, at) = match &table.ocsp {
                         Some(ocsp) if files.ocsp.as_ref() == Some(&e.file) => ("ocsp", ocsp),
@@ -122,7 +130,7 @@ impl Resolver<'_> {
                 self.wrong(tables, "certificate", message);
             }
             for name in provider.names.iter().filter(|name| !held(name)) {
-                let message = format!("none of them holds {name:?}: who looks for its ds-domain there finds no TLS (a hint)");
+                let message = format!("none of them holds {name:?}: who looks for its ds-domain there finds no TLS");
                 self.hint(tables, "certificate", message);
             }
         }
