@@ -205,7 +205,9 @@ impl Refusal {
             Self::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
             Self::SenderMismatch | Self::PeerNotAllowed | Self::WrongKey => StatusCode::FORBIDDEN,
             Self::Limited { .. } | Self::ToldToWait { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::NoNode { .. } | Self::NodeBusy { .. } | Self::LimitsUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NoNode { .. } | Self::NodeBusy { .. } | Self::LimitsUnavailable { .. } => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Token { problem, .. } if problem.retry_after().is_some() => StatusCode::SERVICE_UNAVAILABLE,
             Self::Token { .. } => StatusCode::UNAUTHORIZED,
             Self::BadGateway | Self::Undiscovered(_) => StatusCode::BAD_GATEWAY,

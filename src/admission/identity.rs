@@ -73,10 +73,13 @@ impl Peers {
             return self.allow.is_none();
         }
         identity.dns_names.iter().any(|held| match held.strip_prefix("*.") {
-            None => ProviderName::from_bytes(held.as_bytes()).is_ok_and(|name| self.admit(&name, Some(identity)).is_ok()),
+            None => {
+                ProviderName::from_bytes(held.as_bytes()).is_ok_and(|name| self.admit(&name, Some(identity)).is_ok())
+            }
             // It holds all names of this pattern: those that are denied one by one leave others.
             Some(_) => {
-                let is_of = |name: &String| ProviderName::from_bytes(name.as_bytes()).is_ok_and(|name| name.matches(held));
+                let is_of =
+                    |name: &String| ProviderName::from_bytes(name.as_bytes()).is_ok_and(|name| name.matches(held));
                 let allowed = |patterns: &Vec<String>| patterns.iter().any(|listed| listed == held || is_of(listed));
                 let pinned = |pin: &&Pin| pin.provider == *held;
                 !self.deny.contains(held)
@@ -154,10 +157,8 @@ mod tests {
 
     #[test]
     fn a_pinned_provider_comes_with_its_key() {
-        let pin = |keys: Vec<[u8; 32]>| Peers {
-            pins: vec![Pin { provider: "a.example".into(), keys }],
-            ..Peers::default()
-        };
+        let pin =
+            |keys: Vec<[u8; 32]>| Peers { pins: vec![Pin { provider: "a.example".into(), keys }], ..Peers::default() };
         let identity = certified(&["a.example", "b.example"]);
         assert!(bind_sender(&name("a.example"), Some(&identity), &pin(vec![[1; 32], [7; 32]])).is_ok());
         assert_eq!(bind_sender(&name("a.example"), Some(&identity), &pin(vec![[1; 32]])), Err(Refusal::WrongKey));
@@ -169,7 +170,8 @@ mod tests {
     fn who_may_send_in_no_name_has_no_connection() {
         let allow = |names: &[&str]| Peers { allow: Some(list(names)), ..Peers::default() };
         let deny = |names: &[&str]| Peers { deny: list(names), ..Peers::default() };
-        let (one, two, all_of) = (certified(&["a.example"]), certified(&["a.example", "b.example"]), certified(&["*.c.example"]));
+        let (one, two, all_of) =
+            (certified(&["a.example"]), certified(&["a.example", "b.example"]), certified(&["*.c.example"]));
         assert!(Peers::default().admits_any(&one));
         let nobody = PeerIdentity::default();
         assert!(deny(&["a.example"]).admits_any(&nobody) && !allow(&["a.example"]).admits_any(&nobody));

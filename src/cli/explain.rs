@@ -176,11 +176,8 @@ impl Explain {
         if !provider.is_recipient(&envelope.recipient) {
             return Outcome::Refused(Refusal::Misdirected("recipient"), Some(envelope));
         }
-        let identity =
-            (!self.peer.is_empty()).then(|| PeerIdentity {
-                dns_names: vec![self.peer.to_ascii_lowercase()],
-                ..PeerIdentity::default()
-            });
+        let identity = (!self.peer.is_empty())
+            .then(|| PeerIdentity { dns_names: vec![self.peer.to_ascii_lowercase()], ..PeerIdentity::default() });
         match bind_sender(&envelope.sender, identity.as_ref(), &Peers::default()) {
             Ok(_) => Outcome::Accept(envelope),
             Err(refusal) => Outcome::Refused(refusal, Some(envelope)),

@@ -14,10 +14,10 @@ use pingora_core::protocols::http::ServerSession;
 use pingora_core::protocols::http::v2::server::H2Options;
 use pingora_core::server::ShutdownWatch;
 use pingora_proxy::{HttpProxy, ProxyHttp};
+use rustls::HandshakeKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use rustls::HandshakeKind;
 use tokio_rustls::server::TlsStream;
 
 /// A listener's application.

@@ -140,9 +140,10 @@ impl Egress {
         let connection = ctx.connection.clone().ok_or(Refusal::Internal)?;
         if let Some((_, names)) = &egress.settings.clients {
             // Others may be trusted for other things.
-            let holds = |name: &String| ProviderName::from_bytes(name.as_bytes()).is_ok_and(|name| {
-                names.iter().any(|pattern| name.matches(pattern))
-            });
+            let holds = |name: &String| {
+                ProviderName::from_bytes(name.as_bytes())
+                    .is_ok_and(|name| names.iter().any(|pattern| name.matches(pattern)))
+            };
             if !connection.identity.as_ref().is_some_and(|identity| identity.dns_names.iter().any(holds)) {
                 return Err(Refusal::PeerNotAllowed);
             }

@@ -89,7 +89,9 @@ pub(super) fn is_ours_to_say(name: &HeaderName, fields: &Fields) -> bool {
     let is = |name: &str| {
         NAMES.contains(&name)
             || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
-            || fields.names().any(|ours| ours.as_str() == name || (ours.as_str().contains('_') && ours.as_str().replace('_', "-") == name))
+            || fields.names().any(|ours| {
+                ours.as_str() == name || (ours.as_str().contains('_') && ours.as_str().replace('_', "-") == name)
+            })
     };
     match name.as_str() {
         with if with.contains('_') => is(&with.replace('_', "-")),

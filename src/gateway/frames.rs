@@ -130,7 +130,17 @@ mod tests {
             all.came(&frame(0, 0, 1000)).unwrap();
             all.came(&frame(0, 1, 0)).unwrap();
         }
-        for (kind, flags, length, most) in [(6, 0, 8, 10), (4, 0, 0, 10), (2, 0, 5, 10), (8, 0, 4, 10), (0, 0, 0, 10), (0, 8, 9, 10), (9, 0, 9, 10), (77, 0, 3, 10), (3, 0, 4, 2)] {
+        for (kind, flags, length, most) in [
+            (6, 0, 8, 10),
+            (4, 0, 0, 10),
+            (2, 0, 5, 10),
+            (8, 0, 4, 10),
+            (0, 0, 0, 10),
+            (0, 8, 9, 10),
+            (9, 0, 9, 10),
+            (77, 0, 3, 10),
+            (3, 0, 4, 2),
+        ] {
             let mut counted = frames(10);
             for _ in 0..most {
                 counted.came(&frame(kind, flags, length)).unwrap();

@@ -165,9 +165,12 @@ impl Tls {
 
     /// All its files.
     pub(super) fn files(&self) -> Vec<PathBuf> {
-        let of_certificates = self.certificates.iter().flat_map(|(files, _)| files.files().map(PathBuf::from).collect::<Vec<_>>());
+        let of_certificates =
+            self.certificates.iter().flat_map(|(files, _)| files.files().map(PathBuf::from).collect::<Vec<_>>());
         let trusted = self.listeners.iter().filter_map(|listener| trusted(&listener.client_auth));
-        of_certificates.chain(trusted.flat_map(|trusted| trusted.files.files().map(PathBuf::from).collect::<Vec<_>>())).collect()
+        of_certificates
+            .chain(trusted.flat_map(|trusted| trusted.files.files().map(PathBuf::from).collect::<Vec<_>>()))
+            .collect()
     }
 
     /// With what changed files hold now. What is broken stays as it was; each file of it is said to `broken`.
@@ -218,8 +221,8 @@ pub(super) fn listener_tls(
         Some(trusted) => Some(trusted.trust.verifier(required)?),
         None => None,
     };
-    let tickets = tickets
-        .map(|(secret, rotation)| Arc::new(Tickets::new(secret, rotation, binding(client_auth))) as Arc<_>);
+    let tickets =
+        tickets.map(|(secret, rotation)| Arc::new(Tickets::new(secret, rotation, binding(client_auth))) as Arc<_>);
     let config = tls::server_config(store.clone(), verifier.clone(), tickets)?;
     let trust = trusted(client_auth).map(|trusted| trusted.trust.digest());
     Ok(ListenerTls { acceptor: TlsAcceptor::from(Arc::new(config)), verifier, trust, proxy_protocol })

@@ -63,9 +63,10 @@ impl Fixed {
             admin: config.admin,
             egress: config.egress.as_ref().map(|egress| egress.address),
             threads: config.threads,
-            tokens: config.privacy_pass.as_ref().map(|of| {
-                format!("{:?} {} {} {:?}", of.spent, of.spent_tokens, of.threads, of.max_wait)
-            }),
+            tokens: config
+                .privacy_pass
+                .as_ref()
+                .map(|of| format!("{:?} {} {} {:?}", of.spent, of.spent_tokens, of.threads, of.max_wait)),
         }
     }
 
@@ -153,11 +154,13 @@ impl Reloader {
 
     async fn try_reload(&mut self) -> Outcome {
         let at = self.file.display().to_string();
-        let mut config = Config::load(&self.file).map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>())?;
+        let mut config =
+            Config::load(&self.file).map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>())?;
         let fixed = Fixed::of(&config);
         let differences = self.fixed.differences(&fixed);
         if !differences.is_empty() {
-            let another = |what: &&str| format!("{at}: {what}: to change this takes a restart, or an upgrade (SIGUSR2)");
+            let another =
+                |what: &&str| format!("{at}: {what}: to change this takes a restart, or an upgrade (SIGUSR2)");
             return Err(differences.iter().map(another).collect());
         }
         for hint in &config.hints {
@@ -170,7 +173,9 @@ impl Reloader {
         let stores = Stores::of(&config);
         let (admission, fleet) = self.admission(&before, &config, &stores).map_err(|e| failed("limits", &e))?;
         let access_log = AccessLog::open(&config.access_log).map_err(|e| failed("access_log", &e))?;
-        let privacy_pass = self.privacy_pass(&before, config.privacy_pass.take(), fleet.as_ref()).map_err(|e| failed("privacy_pass", &e))?;
+        let privacy_pass = self
+            .privacy_pass(&before, config.privacy_pass.take(), fleet.as_ref())
+            .map_err(|e| failed("privacy_pass", &e))?;
         // From here on nothing fails.
         self.shared.access_log.exchange(&access_log);
         let upstream = config.upstream.clone();
@@ -208,7 +213,8 @@ impl Reloader {
         let (fleet, secret) = match &stores.fleet {
             same if *same == self.stores.fleet => (before.fleet.clone(), before.admission.secret()),
             _ if before.privacy_pass.as_ref().is_some_and(|origin| origin.is_of_a_fleet()) => {
-                let why = "spent tokens are kept in limits.redis: to change it takes a restart, or an upgrade (SIGUSR2)";
+                let why =
+                    "spent tokens are kept in limits.redis: to change it takes a restart, or an upgrade (SIGUSR2)";
                 return Err(std::io::Error::other(why));
             }
             Some((settings, secret)) => {
@@ -223,7 +229,12 @@ impl Reloader {
     }
 
     /// The Origin: as it was, with other issuers, begun with, or none any more.
-    fn privacy_pass(&self, before: &Live, settings: Option<privacypass::Settings>, fleet: Option<&Arc<Fleet>>) -> std::io::Result<Option<Arc<Origin>>> {
+    fn privacy_pass(
+        &self,
+        before: &Live,
+        settings: Option<privacypass::Settings>,
+        fleet: Option<&Arc<Fleet>>,
+    ) -> std::io::Result<Option<Arc<Origin>>> {
         match (&before.privacy_pass, settings) {
             (_, None) => Ok(None),
             (Some(origin), Some(settings)) if origin.can_become(&settings) => {

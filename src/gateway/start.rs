@@ -18,12 +18,12 @@ use crate::tls;
 use crate::upstream::{Nodes, Observer};
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use pingora_core::listeners::{L4BufferSettings, ListenerConfig};
 use pingora_core::server::configuration::{Opt, ServerConf};
 use pingora_core::server::{ExecutionPhase, RunArgs, Server, ShutdownWatch};
 use pingora_core::services::background::{BackgroundService, background_service};
 use pingora_core::services::listening::Service;
-use parking_lot::Mutex;
 use pingora_proxy::HttpProxy;
 use sd_notify::NotifyState;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -265,7 +265,10 @@ fn server(
     let tls = Arc::new(Tls::new(&config, own_secret)?);
     let egress_door = LiveEgress::new(&config, None).map_err(|e| StartError::Egress(e.to_string()))?;
     let access_log = AccessLog::open(&config.access_log).map_err(StartError::AccessLog)?;
-    let nodes = Nodes::new(config.upstream.clone(), Arc::new(NodeMetrics { metrics: metrics.clone(), known: Mutex::default() }));
+    let nodes = Nodes::new(
+        config.upstream.clone(),
+        Arc::new(NodeMetrics { metrics: metrics.clone(), known: Mutex::default() }),
+    );
     resolve(&nodes)?;
     let (threads, shutdown, admin) = (config.threads, config.timeouts.shutdown, config.admin);
     let live = Live::new(config, admission, privacy_pass, fleet, tls, egress_door);

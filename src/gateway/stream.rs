@@ -16,8 +16,8 @@ use bytes::{Buf, Bytes};
 use pingora_core::protocols::l4::socket::SocketAddr as PingoraAddr;
 use pingora_core::protocols::raw_connect::ProxyDigest;
 use pingora_core::protocols::{
-    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest,
-    UniqueID, UniqueIDType,
+    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID,
+    UniqueIDType,
 };
 use prometheus::IntCounter;
 use rustls::pki_types::CertificateDer;
@@ -90,7 +90,8 @@ impl Connection {
     ) -> Self {
         open.inc();
         let off = || AtomicBool::new(false);
-        let chain: Vec<_> = session.peer_certificates().unwrap_or_default().iter().map(|der| der.clone().into_owned()).collect();
+        let chain: Vec<_> =
+            session.peer_certificates().unwrap_or_default().iter().map(|der| der.clone().into_owned()).collect();
         Self {
             client,
             sni: session.server_name().map(str::to_owned),

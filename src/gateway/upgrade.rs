@@ -38,7 +38,9 @@ impl Upgrade {
     /// Starts a successor and waits until it is ready for the sockets; or says why it is not.
     async fn successor(&self) -> Result<Child, String> {
         match std::fs::remove_file(&self.socket) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(format!("{}: {e}", self.socket.display())),
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(format!("{}: {e}", self.socket.display()));
+            }
             _ => {}
         }
         let mut command = Command::new(&self.program);

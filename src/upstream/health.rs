@@ -175,7 +175,6 @@ async fn get(member: Arc<Member>, path: String, stream: Box<dyn Stream>) -> Resu
 /// What drives a connection.
 type Driven = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-
 async fn read(answer: hyper::Response<Incoming>) -> Result<StatusCode, String> {
     let (head, mut body) = answer.into_parts();
     let mut octets = 0;

@@ -158,7 +158,9 @@ async fn a_reload_takes_issuers_bindings_and_another_epoch() {
     let private =
         format!("[[privacy_pass.issuer]]\nname = \"{NAME}\"\ntoken_type = 5\nkey_file = {:?}\n", issuer.key_file(5));
     gateway
-        .reload("ok", |setup| setup.more = setup.more.replace("epoch = \"2h\"", "epoch = \"2h\"\ncontext = \"endpoint\"") + &private)
+        .reload("ok", |setup| {
+            setup.more = setup.more.replace("epoch = \"2h\"", "epoch = \"2h\"\ncontext = \"endpoint\"") + &private
+        })
         .await;
     let answer = ask(&gateway.stranger(), &[]).await;
     let challenges = crate::support::tokens::challenges(&answer.headers);

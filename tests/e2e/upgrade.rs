@@ -263,7 +263,7 @@ enum Manner {
     /// By a connection that it keeps.
     Keeps(Arc<Client>),
     /// It closes each connection after a request, and resumes its TLS session with the next (HTTP/1.1).
-    Closes(Client),
+    Closes(Arc<Client>),
     /// As a new client for each request, over HTTP/2 or not.
     New(bool),
 }
@@ -293,7 +293,7 @@ impl Load {
             Manner::Keeps(Arc::new(client(addr).http2())),
             Manner::Keeps(shared.clone()),
             Manner::Keeps(shared),
-            Manner::Closes(client(addr).http1()),
+            Manner::Closes(Arc::new(client(addr).http1())),
             Manner::New(false),
             Manner::New(true),
         ];
@@ -480,7 +480,7 @@ async fn idle_http2(addr: SocketAddr) -> Http2 {
 /// It is told to open no more streams, and ends.
 async fn goes_away((client, connection): Http2) {
     let _ = tokio::time::timeout(PATIENCE, connection).await.expect("it is still open").unwrap();
-    let error = client.ready().await.err().expect("no stream may be opened any more");
+    let error = client.ready().await.expect_err("no stream may be opened any more");
     let told = error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
     assert!(told, "without GOAWAY: {error}");
 }

@@ -1,9 +1,9 @@
 //! What connections are held to, before there is a request.
 
 use super::{Resolver, file};
+use crate::config::units::{Burst, Rate};
 use crate::config::{ConnectionLimits, Http2};
 use crate::limiter::gcra::Gcra;
-use crate::config::units::{Burst, Rate};
 use toml::Spanned;
 
 impl Resolver<'_> {

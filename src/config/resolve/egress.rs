@@ -23,7 +23,8 @@ impl Resolver<'_> {
             }
             None => {
                 if !address.ip().is_loopback() {
-                    let message = "beyond the loopback this takes client_ca, or anyone could send in this provider's name";
+                    let message =
+                        "beyond the loopback this takes client_ca, or anyone could send in this provider's name";
                     self.wrong(&table.address, "egress.address", message);
                 }
                 if let Some(name) = table.client_names.first() {

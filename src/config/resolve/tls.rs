@@ -111,7 +111,9 @@ impl Resolver<'_> {
                 Err(e) => {
                     let (part, at) = match &table.ocsp {
                         Some(ocsp) if files.ocsp.as_ref() == Some(&e.file) => ("ocsp", ocsp),
-                        _ if files.key == e.file && (files.chain != e.file || e.error.is_of_key()) => ("key", &table.key),
+                        _ if files.key == e.file && (files.chain != e.file || e.error.is_of_key()) => {
+                            ("key", &table.key)
+                        }
                         _ => ("chain", &table.chain),
                     };
                     self.wrong(at, format!("certificate[{i}].{part}"), e.to_string());
@@ -169,7 +171,11 @@ impl Resolver<'_> {
             let key = |part: &str| format!("peers.pin[{i}].{part}");
             let Some(provider) = self.name(&pin.provider, &key("provider"), true) else { continue };
             if pin.spki_sha256.get_ref().is_empty() {
-                self.wrong(&pin.spki_sha256, key("spki_sha256"), "no key, so this provider would have none to come with");
+                self.wrong(
+                    &pin.spki_sha256,
+                    key("spki_sha256"),
+                    "no key, so this provider would have none to come with",
+                );
             }
             let mut keys = vec![];
             for text in pin.spki_sha256.get_ref() {

@@ -19,7 +19,8 @@ impl Resolver<'_> {
         if table.node.get_ref().len() > upstream::MAX_NODES {
             self.wrong(&table.node, "delivery_service.node", format!("{} are the most", upstream::MAX_NODES));
         }
-        for (number, key) in [(Some(&table.eject_after), "eject_after"), (table.max_requests.as_ref(), "max_requests")] {
+        for (number, key) in [(Some(&table.eject_after), "eject_after"), (table.max_requests.as_ref(), "max_requests")]
+        {
             if let Some(number) = number.filter(|number| *number.get_ref() == 0) {
                 self.wrong(number, format!("delivery_service.{key}"), "at least 1");
             }
@@ -167,7 +168,8 @@ impl Resolver<'_> {
             return None;
         }
         let trusted = self.trusted(&table.ca, None, |_| key("tls.ca"))?;
-        let identity = self.identity(table.certificate.as_ref(), table.key.as_ref(), |part| key(&format!("tls.{part}")))?;
+        let identity =
+            self.identity(table.certificate.as_ref(), table.key.as_ref(), |part| key(&format!("tls.{part}")))?;
         let roots = match &trusted.files.ca {
             Roots::System => None,
             Roots::Files(files) => {
@@ -210,11 +212,8 @@ impl Resolver<'_> {
                 return None;
             }
         };
-        let files = CertificateFiles {
-            chain: self.beside(chain.get_ref()),
-            key: self.beside(private.get_ref()),
-            ocsp: None,
-        };
+        let files =
+            CertificateFiles { chain: self.beside(chain.get_ref()), key: self.beside(private.get_ref()), ocsp: None };
         self.watched.extend([files.chain.clone(), files.key.clone()]);
         match files.load_of_client() {
             Ok(certificate) => Some(Some(certificate)),
