@@ -5,7 +5,7 @@ CARGO ?= cargo
 NODE_MODULES := tests/interop/node_modules/.package-lock.json
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help setup setup-test build release demo test lint bench flood picture fuzz clean
+.PHONY: help setup setup-test setup-tls build release demo test test-tls lint bench flood picture fuzz clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -41,6 +41,12 @@ lint: setup ## Formatting and clippy
 test: setup-test lint ## Formatting, clippy, and all tests; MOH_VECTORS=DIR has the shared vectors read, too
 	$(CARGO) test --locked --bench gateway --bench limits --bench tokens -- --test
 	$(CARGO) test --locked --lib --bins --tests
+
+setup-tls: setup ## What test-tls needs: testssl.sh, sslscan, jq and openssl (by apt)
+	@command -v testssl >/dev/null && command -v sslscan >/dev/null && command -v jq >/dev/null && command -v openssl >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -yq --no-install-recommends testssl.sh sslscan jq openssl; }
+
+test-tls: setup-tls build ## What scanners see of a listener: testssl.sh, sslscan and openssl against the real binary (1 min)
+	scripts/test-tls.sh
 
 picture: setup ## docs/limits.svg: what a limit admits of a burst, a flood and at a window's edge, measured (15 s)
 	$(CARGO) build --locked --bin moh-gateway --example picture

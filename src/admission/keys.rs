@@ -102,6 +102,19 @@ impl Hasher {
         Key(self.sip(11, &self.source(ip).to_be_bytes()))
     }
 
+    /// The key of the open connections of an IPv6 network.
+    pub(super) fn network_key(&self, ip: IpAddr) -> Option<Key> {
+        match ip.to_canonical() {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(ip) => Some(Key(self.sip(13, &(ip.to_bits() >> 80).to_be_bytes()))),
+        }
+    }
+
+    /// The key of a source's handshakes under way.
+    pub(super) fn under_way_key(&self, ip: IpAddr) -> Key {
+        Key(self.sip(14, &self.source(ip).to_be_bytes()))
+    }
+
     /// The key of a provider's open connections.
     pub(super) fn open_provider_key(&self, provider: &str) -> Key {
         Key(self.sip(12, provider.as_bytes()))

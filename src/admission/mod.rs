@@ -430,6 +430,20 @@ impl Admission {
         self.limiter.in_flight().enter(self.hasher.open_key(ip), most)
     }
 
+    /// Counts a connection among those that are open of a network: for IPv6, whose sources may have many prefixes, by /48. Some of
+    /// nothing for other addresses; none where there are too many.
+    pub fn open_of_network(&self, ip: IpAddr, most: u32) -> Option<Option<Ticket>> {
+        match self.hasher.network_key(ip) {
+            Some(key) => self.limiter.in_flight().enter(key, most).map(Some),
+            None => Some(None),
+        }
+    }
+
+    /// Counts a handshake among those under way of an address.
+    pub fn handshake_of_ip(&self, ip: IpAddr, most: u32) -> Option<Ticket> {
+        self.limiter.in_flight().enter(self.hasher.under_way_key(ip), most)
+    }
+
     /// Counts a connection among those that are open of a provider.
     pub fn open_of_provider(&self, provider: &str, most: u32) -> Option<Ticket> {
         self.limiter.in_flight().enter(self.hasher.open_provider_key(provider), most)

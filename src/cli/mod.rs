@@ -44,8 +44,11 @@ struct Run {
     file: ConfigFile,
     /// Take over from a running gateway, which SIGUSR2 has told to start this one: the socket that it sends listening
     /// sockets to
-    #[arg(long, value_name = "SOCKET", hide = true)]
+    #[arg(long, value_name = "SOCKET", hide = true, requires = "inherits")]
     upgrade: Option<PathBuf>,
+    /// The addresses that the running gateway listens at
+    #[arg(long, value_name = "ADDRESS", hide = true, requires = "upgrade", value_delimiter = ',')]
+    inherits: Vec<std::net::SocketAddr>,
 }
 
 #[derive(Debug, Args)]
@@ -91,7 +94,11 @@ fn run(how: &Run) -> ExitCode {
         tracing::info!(address = %egress.address, "listening for this provider's own nodes");
     }
     tracing::info!(address = %config.admin, "listening for operators: /metrics /healthz /readyz /reload");
-    match crate::gateway::run(config, &file.config, how.upgrade.as_deref()) {
+    let from = how
+        .upgrade
+        .as_ref()
+        .map(|socket| crate::gateway::From { socket: socket.clone(), addresses: how.inherits.clone() });
+    match crate::gateway::run(config, &file.config, from.as_ref()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("moh-gateway: {e}");
@@ -102,8 +109,10 @@ fn run(how: &Run) -> ExitCode {
 
 /// What the program says of itself; `RUST_LOG` says how much.
 fn log_to_stderr() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,pingora_core=off,pingora_proxy=off"));
+    // What these say, strangers have them say, as often as they like.
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| {
+        tracing_subscriber::EnvFilter::new("info,pingora_core=off,pingora_proxy=off,h2=off,rustls=off")
+    });
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 }
 

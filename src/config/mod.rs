@@ -163,8 +163,6 @@ pub struct ConnectionLimits {
     pub handshakes_at_once: u32,
     /// Networks without limits per address.
     pub exempt: Vec<IpNet>,
-    /// Bits of an IPv6 address that are one source.
-    pub ipv6_prefix: u8,
 }
 
 /// What HTTP/2 connections are held to.

@@ -135,7 +135,7 @@ impl<'a> Resolver<'a> {
             self.wrong(memory, "limits.memory", "256KiB is the least");
         }
         let exempt = self.networks(&file.limits.exempt, "limits.exempt");
-        let connections = self.connections(&file.connections, policy.ipv6_prefix);
+        let connections = self.connections(&file.connections);
         let http2 = self.http2(&file.http2);
         let max_body = self.endpoints(&file.endpoints, &mut policy);
         if let Some(last) = file.limit.get(MOST_LIMITS) {

@@ -165,6 +165,16 @@ impl RequestContext {
         }
     }
 
+    /// More of its body is awaited: over HTTP/2 Pingora has no clock for that. The node may take its time to take what has come.
+    pub(super) fn await_body(&self) {
+        let h2 = self.connection.as_ref().is_some_and(|connection| connection.h2);
+        let (Some(watch), true, Some(settings)) = (&self.watch, h2, &self.settings) else { return };
+        let idle = Instant::now() + self.live.timeouts.body_idle + settings.write_timeout;
+        // Where the node's answer is late by then, that is said (408); this is for where nothing would be.
+        let late = self.body.until() + settings.read_timeout + Duration::from_secs(1);
+        watch.until(Some(idle.min(late) + Duration::from_secs(1)));
+    }
+
     /// Its node took it and did not answer.
     pub(super) fn failed(&self) {
         if let (Some(node), Some(settings)) = (&self.node, &self.settings) {

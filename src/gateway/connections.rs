@@ -12,6 +12,9 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
+/// Connections of this provider's own nodes at most.
+const MOST_EGRESS: u32 = 4096;
+
 /// Why a connection is refused: a label in metrics.
 pub(super) type Why = &'static str;
 
@@ -19,7 +22,10 @@ pub(super) type Why = &'static str;
 #[derive(Default)]
 pub(super) struct Connections {
     open: Arc<AtomicU32>,
+    /// Of these, those after their handshake whose peers have shown no certificate.
+    strangers: Arc<AtomicU32>,
     handshakes: Arc<AtomicU32>,
+    egress: Arc<AtomicU32>,
     known: Arc<Known>,
 }
 
@@ -45,6 +51,29 @@ impl Drop for Counted {
     }
 }
 
+/// Counts of a source.
+#[derive(Default)]
+pub(super) struct OfSource {
+    _ip: Option<Ticket>,
+    _network: Option<Ticket>,
+}
+
+/// Counts of a handshake under way.
+pub(super) struct Handshake {
+    _all: Counted,
+    _of_source: Option<Ticket>,
+}
+
+/// The count of whom a connection is from. It is held, and not looked at.
+#[expect(dead_code, reason = "what is counted ends with this")]
+pub(super) enum OfPeer {
+    Stranger(Counted),
+    Provider(Ticket),
+}
+
+/// In the place of a provider's name, which it is not, for those who may send in none.
+const NOBODY: &str = "!";
+
 /// A connection that is known, until this is dropped.
 pub(super) struct Entry {
     known: Arc<Known>,
@@ -65,46 +94,58 @@ impl Connections {
 
     /// How many are open, with those that have not shaken hands yet.
     pub(super) fn count(&self) -> u32 {
-        self.open.load(Ordering::Relaxed)
+        self.open.load(Ordering::Relaxed) + self.egress.load(Ordering::Relaxed)
     }
 
-    /// One more of all, however many there are.
-    pub(super) fn open_anyway(&self) -> Option<Counted> {
-        Counted::one(&self.open, u32::MAX)
+    /// One more of this provider's own nodes, which take no place of others'.
+    pub(super) fn open_egress(&self) -> Option<Counted> {
+        Counted::one(&self.egress, MOST_EGRESS)
     }
 
     /// One more of a source, which begins a handshake.
-    pub(super) fn from(&self, live: &Live, ip: IpAddr) -> Result<(Option<Ticket>, Counted), Why> {
-        let limits = &live.connections;
-        let exempt = limits.exempt.iter().any(|network| network.contains(&ip.to_canonical()));
-        let ticket = match exempt {
-            true => None,
-            false => Some(live.admission.open_of_ip(ip, limits.per_ip).ok_or("per-ip")?),
+    pub(super) fn from(&self, live: &Live, ip: IpAddr) -> Result<(OfSource, Handshake), Why> {
+        let (limits, admission) = (&live.connections, &live.admission);
+        if limits.exempt.iter().any(|network| network.contains(&ip.to_canonical())) {
+            let all = Counted::one(&self.handshakes, limits.handshakes_at_once).ok_or("handshakes-at-once")?;
+            return Ok((OfSource::default(), Handshake { _all: all, _of_source: None }));
+        }
+        let of_source = OfSource {
+            _ip: Some(admission.open_of_ip(ip, limits.per_ip).ok_or("per-ip")?),
+            // Who has many prefixes has not as many times as much.
+            _network: match admission.open_of_network(ip, limits.per_ip.saturating_mul(4)) {
+                Some(ticket) => ticket,
+                None => return Err("per-ip"),
+            },
         };
-        let handshake = Counted::one(&self.handshakes, limits.handshakes_at_once).ok_or("handshakes-at-once")?;
-        if !exempt && !live.admission.handshake(ip, limits.handshakes_per_ip) {
+        // Before the counts that are shared with others.
+        if !admission.handshake(ip, limits.handshakes_per_ip) {
             return Err("handshake-rate");
         }
-        Ok((ticket, handshake))
+        // Not even a few sources may hold up all others by handshakes that they do not go on with.
+        let share = (limits.handshakes_at_once / 16).max(8);
+        let one = admission.handshake_of_ip(ip, share).ok_or("handshakes-at-once")?;
+        let all = Counted::one(&self.handshakes, limits.handshakes_at_once).ok_or("handshakes-at-once")?;
+        Ok((of_source, Handshake { _all: all, _of_source: Some(one) }))
     }
 
-    /// One more of a provider, by the first name of its certificate.
-    pub(super) fn of(&self, live: &Live, connection: &Connection) -> Result<Option<Ticket>, Why> {
-        match connection.identity.as_ref().and_then(|identity| identity.dns_names.first()) {
-            Some(name) => {
-                let ticket = live.admission.open_of_provider(name, live.connections.per_provider);
-                ticket.map(Some).ok_or("per-provider")
-            }
-            None => Ok(None),
-        }
+    /// One more of a provider, by the first name of its certificate; or of strangers, who leave a quarter of all to those who
+    /// have shown one. Who may not send in any of its names counts for none of them.
+    pub(super) fn of(&self, live: &Live, connection: &Connection) -> Result<OfPeer, Why> {
+        let limits = &live.connections;
+        let Some(identity) = &connection.identity else {
+            let most = (limits.max - limits.max / 4).max(1);
+            return Counted::one(&self.strangers, most).map(OfPeer::Stranger).ok_or("max");
+        };
+        let name = identity.dns_names.first().filter(|_| live.peers.admits_any(identity));
+        let name = name.map_or(NOBODY, String::as_str);
+        live.admission.open_of_provider(name, limits.per_provider).map(OfPeer::Provider).ok_or("per-provider")
     }
 
-    /// Keeps a connection in mind. One without a certificate need not be.
-    pub(super) fn keep(&self, connection: &Arc<Connection>) -> Option<Entry> {
-        connection.identity.as_ref()?;
+    /// Keeps a connection in mind.
+    pub(super) fn keep(&self, connection: &Arc<Connection>) -> Entry {
         let id = self.known.next.fetch_add(1, Ordering::Relaxed);
         self.known.by_id.lock().insert(id, Arc::downgrade(connection));
-        Some(Entry { known: self.known.clone(), id })
+        Entry { known: self.known.clone(), id }
     }
 
     /// Ends the connections whose peers are not admitted any more; says how many.
@@ -117,9 +158,21 @@ impl Connections {
 
 /// Whether a connection would be taken now: its peer may send, and its certificate is trusted.
 pub(super) fn may_stay(live: &Live, connection: &Connection) -> bool {
-    let Some(identity) = &connection.identity else { return true };
-    let Some(listener) = live.tls.door(connection.listener) else { return true };
-    live.peers.admits_any(identity) && (listener.trust == connection.trust || listener.trusts(&connection.chain))
+    let egress = live.egress.as_ref().filter(|egress| egress.settings.address == connection.listener);
+    let listener = match egress {
+        // Nodes of this provider: without TLS on the loopback, or by their certificates.
+        Some(egress) => match &egress.tls {
+            Some(tls) => tls,
+            None => return connection.identity.is_none(),
+        },
+        None => match live.tls.door(connection.listener) {
+            Some(tls) => tls,
+            None => return true,
+        },
+    };
+    let Some(identity) = &connection.identity else { return !listener.required };
+    let trusted = listener.trust == connection.trust || listener.trusts(&connection.chain);
+    trusted && (egress.is_some() || live.peers.admits_any(identity))
 }
 
 #[cfg(test)]

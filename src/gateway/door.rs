@@ -20,6 +20,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_rustls::server::TlsStream;
 
+/// Octets of a client's chain at most, and certificates in it.
+const LARGEST_CHAIN: usize = 16 * 1024;
+const LONGEST_CHAIN: usize = 8;
+
 /// A listener's application.
 pub(super) struct Door {
     pub(super) proxy: Arc<HttpProxy<super::Gateway>>,
@@ -101,6 +105,12 @@ impl ServerApp for Door {
             live.fields.tls.is_some(),
             self.shared.metrics.connections.clone(),
         ));
+        // The whole of it is kept, and told to who asks; rustls takes 64 KiB of what has nothing to do with the certificate.
+        let octets: usize = connection.chain.iter().map(|certificate| certificate.len()).sum();
+        if octets > LARGEST_CHAIN || connection.chain.len() > LONGEST_CHAIN {
+            self.refused("certificate-chain");
+            return None;
+        }
         // A resumed session brings its certificate from before, which nobody has looked at since: it may have ended, or what
         // it chains to.
         let resumed = stream.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed);
@@ -108,7 +118,7 @@ impl ServerApp for Door {
             self.refused("certificate-expired");
             return None;
         }
-        let _of_provider = connections.of(&live, &connection).map_err(|why| self.refused(why)).ok()?;
+        let _of_peer = connections.of(&live, &connection).map_err(|why| self.refused(why)).ok()?;
         let _entry = connections.keep(&connection);
         // A reload that came between has not seen it.
         let now = self.shared.live.load_full();
@@ -125,7 +135,7 @@ impl ServerApp for Door {
         drop((live, now, listener));
         tokio::select! {
             left = requests.process_new(Box::new(stream), shutdown) => left,
-            () = connection.is_cut() => {
+            () = connection.is_over() => {
                 self.shared.metrics.connections_cut.inc();
                 None
             }

@@ -9,7 +9,7 @@ use super::door::{Requests, client_of};
 use super::forward::{self, Body};
 use super::live::{Live, LiveEgress};
 use super::stream::{Connection, FederationStream};
-use super::{Shared, connection_of, peek};
+use super::{Shared, connection_of, door, peek};
 use crate::dialect::{self, Endpoint};
 use crate::egress::{Error as Undiscovered, Found};
 use crate::problem::Refusal;
@@ -31,6 +31,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
+/// Addresses of a provider that are tried at most.
+const MOST_ADDRESSES: usize = 4;
+
 /// Pingora's view of the door.
 pub(super) struct Egress(pub(super) Arc<Shared>);
 
@@ -44,7 +47,7 @@ pub(super) struct EgressDoor {
 #[async_trait]
 impl ServerApp for EgressDoor {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
-        let _open = self.shared.connections.open_anyway()?;
+        let _open = self.shared.connections.open_egress()?;
         let client = client_of(&stream)?;
         let live = self.shared.live.load_full();
         let egress = live.egress.clone()?;
@@ -53,14 +56,22 @@ impl ServerApp for EgressDoor {
         let requests = Arc::new(Requests::new(self.proxy.clone(), &live));
         let Some(tls) = &egress.tls else {
             let connection = Arc::new(Connection::plain(client, self.address, open));
-            let stream = FederationStream::new(stream, id, connection, headers, None);
-            return requests.process_new(Box::new(stream), shutdown).await;
+            let _entry = self.shared.connections.keep(&connection);
+            let stream = FederationStream::new(stream, id, connection.clone(), headers, None);
+            return tokio::select! {
+                left = requests.process_new(Box::new(stream), shutdown) => left,
+                () = connection.is_over() => None,
+            };
         };
         let accepted = tokio::time::timeout(live.timeouts.tls_handshake, tls.acceptor.accept(stream)).await;
         let stream = accepted.ok()?.inspect_err(|e| tracing::debug!(%client, "egress: TLS handshake: {e}")).ok()?;
         let connection = Arc::new(Connection::new(client, self.address, stream.get_ref().1, tls, false, open));
-        let stream = FederationStream::new(stream, id, connection, headers, None);
-        requests.process_new(Box::new(stream), shutdown).await
+        let _entry = self.shared.connections.keep(&connection);
+        let stream = FederationStream::new(stream, id, connection.clone(), headers, None);
+        tokio::select! {
+            left = requests.process_new(Box::new(stream), shutdown) => left,
+            () = connection.is_over() => None,
+        }
     }
 
     async fn cleanup(&self) {
@@ -316,7 +327,7 @@ impl ProxyHttp for Egress {
         let (Some(found), Ok(egress)) = (&ctx.found, ctx.egress()) else {
             return Error::e_explain(ErrorType::InternalError, "nothing was found");
         };
-        let Some(address) = found.addresses.get(ctx.tried) else {
+        let Some(address) = found.addresses.get(ctx.tried).filter(|_| ctx.tried < MOST_ADDRESSES) else {
             ctx.pending = Some(Refusal::BadGateway);
             return Error::e_explain(ErrorType::ConnectError, "no address is left");
         };
@@ -355,6 +366,10 @@ impl ProxyHttp for Egress {
         ctx: &mut Outgoing,
     ) -> Result<()> {
         ctx.forwarded = true;
+        if let (Ok(watch), Ok(egress)) = (door::WATCH.try_with(Clone::clone), ctx.egress()) {
+            // Another provider that answers an octet at a time does not hold a request for ever.
+            watch.until(Some(Instant::now() + ctx.live.timeouts.body_total + egress.settings.read_timeout * 10));
+        }
         Ok(())
     }
 
@@ -430,6 +445,12 @@ impl ProxyHttp for Egress {
         }
         if self.0.draining.load(Ordering::Relaxed) {
             session.set_keepalive(None);
+        }
+        if !session.as_mut().is_body_done()
+            && let Some(connection) = &ctx.connection
+        {
+            // The answer must arrive, though the body is not in.
+            connection.linger();
         }
         Ok(())
     }

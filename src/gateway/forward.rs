@@ -159,6 +159,25 @@ pub(super) fn was_left_untouched(e: &pingora_core::Error) -> bool {
         || (e.is_go_away() && e.reason() == Some(h2::Reason::NO_ERROR))
 }
 
+/// Whether a node does not take connections as it should: it is left out.
+pub(super) fn is_refusal(e: &Error) -> bool {
+    matches!(
+        e.etype(),
+        ErrorType::ConnectRefused
+            | ErrorType::ConnectTimedout
+            | ErrorType::ConnectNoRoute
+            | ErrorType::ConnectError
+            | ErrorType::TLSHandshakeFailure
+            | ErrorType::TLSHandshakeTimedout
+            | ErrorType::InvalidCert
+    )
+}
+
+/// Whether there is no connection for a reason of this process: it has no descriptor or port left.
+pub(super) fn is_of_this_process(e: &Error) -> bool {
+    matches!(e.etype(), ErrorType::InternalError | ErrorType::SocketError | ErrorType::BindError)
+}
+
 /// Whether a node has failed a request that it took: no answer in time, or its connection gone.
 pub(super) fn is_a_failure(e: &Error) -> bool {
     *e.esource() == pingora_core::ErrorSource::Upstream

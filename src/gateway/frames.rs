@@ -12,11 +12,18 @@ const PREFACE: usize = 24;
 
 const HEAD: usize = 9;
 
-/// A reset costs as much as five other frames: what it resets has been begun.
-const RESET: u32 = 5;
+/// A reset costs as much as two other frames: what it resets has been begun. Not more, for clients give up when a Delivery
+/// Service is slow, many at a time.
+pub(super) const RESET: u32 = 2;
 
-/// Octets sent to the client for which it may have sent one WINDOW_UPDATE: some open their windows by little.
+/// Octets sent to the client for which it may send one WINDOW_UPDATE: some open their windows by little.
 const OCTETS_AN_UPDATE: u64 = 512;
+
+/// WINDOW_UPDATE frames that a request is good for: some open their windows for each answer, however short.
+const UPDATES_A_REQUEST: u64 = 2;
+
+/// As many as may be saved up.
+const MOST_UPDATES: u64 = 16_384;
 
 /// More control frames than a connection may send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,8 +39,9 @@ pub(super) struct Frames {
     skip: usize,
     head: [u8; HEAD],
     filled: usize,
-    /// WINDOW_UPDATE frames that were not counted yet, for octets that were sent.
+    /// WINDOW_UPDATE frames that are free.
     updates: u64,
+    /// Octets that were sent, and are not yet good for one.
     sent: u64,
 }
 
@@ -45,6 +53,8 @@ impl Frames {
     /// Octets went to the client.
     pub(super) fn sent(&mut self, octets: usize) {
         self.sent = self.sent.saturating_add(octets as u64);
+        self.updates = (self.updates + self.sent / OCTETS_AN_UPDATE).min(MOST_UPDATES);
+        self.sent %= OCTETS_AN_UPDATE;
     }
 
     /// Octets came from the client.
@@ -81,14 +91,20 @@ impl Frames {
             // DATA: some of a body, or its end. Padding may be all there is.
             0 if flags & PADDED == 0 && (self.skip > 0 || flags & END_STREAM != 0) => 0,
             // HEADERS: a request, which has its own limits.
-            1 => 0,
+            1 => {
+                self.updates = (self.updates + UPDATES_A_REQUEST).min(MOST_UPDATES);
+                0
+            }
             // RST_STREAM
             3 => RESET,
             // WINDOW_UPDATE
-            8 => {
-                self.updates += 1;
-                u32::from(self.updates > self.sent / OCTETS_AN_UPDATE)
-            }
+            8 => match self.updates.checked_sub(1) {
+                Some(left) => {
+                    self.updates = left;
+                    0
+                }
+                None => 1,
+            },
             _ => 1,
         }
     }
@@ -139,7 +155,7 @@ mod tests {
             (0, 8, 9, 10),
             (9, 0, 9, 10),
             (77, 0, 3, 10),
-            (3, 0, 4, 2),
+            (3, 0, 4, 5),
         ] {
             let mut counted = frames(10);
             for _ in 0..most {

@@ -16,7 +16,7 @@ use std::hash::{Hash as _, Hasher as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio_rustls::TlsAcceptor;
 
 /// What is in use.
@@ -63,13 +63,15 @@ pub(super) struct ListenerTls {
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     /// Stands for what it trusts.
     pub(super) trust: Option<[u8; 32]>,
+    /// Who shows no certificate has no connection.
+    pub(super) required: bool,
     pub(super) proxy_protocol: Arc<[IpNet]>,
 }
 
 /// The egress door.
 pub(super) struct LiveEgress {
     pub(super) settings: crate::config::Egress,
-    pub(super) discovery: Discovery,
+    pub(super) discovery: Arc<Discovery>,
     pub(super) patience: Arc<Patience>,
     /// Where nodes of ours have to show a certificate.
     pub(super) tls: Option<Arc<ListenerTls>>,
@@ -100,13 +102,16 @@ fn sha256(hash: aws_lc_rs::digest::Context) -> [u8; 32] {
     hash.finish().as_ref().try_into().unwrap_or_default()
 }
 
-/// The secret that tickets are made with: the fleet's, or this process's.
-fn ticket_secret(settings: &TicketSettings, own: [u8; 32]) -> [u8; 32] {
-    settings.secret.as_ref().map_or(own, |secret| {
-        let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
-        hash.update(secret);
-        sha256(hash)
-    })
+/// The secret that tickets are made with: the fleet's, or this process's. Other pins are another secret: who comes with a new key
+/// does not resume with the one before.
+fn ticket_secret(settings: &TicketSettings, peers: &Peers, own: [u8; 32]) -> [u8; 32] {
+    let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+    hash.update(settings.secret.as_deref().unwrap_or(&own));
+    for pin in &peers.pins {
+        hash.update(pin.provider.as_bytes());
+        pin.keys.iter().for_each(|key| hash.update(key));
+    }
+    sha256(hash)
 }
 
 /// Whose certificates a listener trusts; none where it asks for none.
@@ -155,12 +160,18 @@ impl Tls {
 
     /// The tickets of a configuration.
     pub(super) fn tickets_of(config: &Config, own: [u8; 32]) -> Option<([u8; 32], Duration)> {
-        config.tickets.as_ref().map(|settings| (ticket_secret(settings, own), settings.rotation))
+        config.tickets.as_ref().map(|settings| (ticket_secret(settings, &config.peers, own), settings.rotation))
     }
 
     /// With other tickets.
     pub(super) fn with_tickets(&self, tickets: Option<([u8; 32], Duration)>) -> Result<Self, tls::Error> {
         Self::build(self.certificates.clone(), self.listeners.clone(), tickets)
+    }
+
+    /// When the lists of revoked certificates of listeners end, where there are any.
+    pub(super) fn crls_until(&self) -> impl Iterator<Item = (SocketAddr, SystemTime)> {
+        let until = |of: &ListenerSettings| Some((of.address, trusted(&of.client_auth)?.trust.crls_until()?));
+        self.listeners.iter().filter_map(until)
     }
 
     /// All its files.
@@ -221,11 +232,18 @@ pub(super) fn listener_tls(
         Some(trusted) => Some(trusted.trust.verifier(required)?),
         None => None,
     };
-    let tickets =
-        tickets.map(|(secret, rotation)| Arc::new(Tickets::new(secret, rotation, binding(client_auth))) as Arc<_>);
+    let tickets = tickets.map(|(secret, rotation)| {
+        let tickets = Tickets::new(secret, rotation, binding(client_auth));
+        // One of a certificate that has ended since, or that a list says so of, is worth no session.
+        Arc::new(match verifier.clone() {
+            Some(verifier) => tickets
+                .with_check(move |chain| tls::still_trusted(&*verifier, chain, rustls::pki_types::UnixTime::now())),
+            None => tickets,
+        }) as Arc<_>
+    });
     let config = tls::server_config(store.clone(), verifier.clone(), tickets)?;
     let trust = trusted(client_auth).map(|trusted| trusted.trust.digest());
-    Ok(ListenerTls { acceptor: TlsAcceptor::from(Arc::new(config)), verifier, trust, proxy_protocol })
+    Ok(ListenerTls { acceptor: TlsAcceptor::from(Arc::new(config)), verifier, trust, required, proxy_protocol })
 }
 
 impl ListenerTls {
@@ -291,11 +309,22 @@ impl LiveEgress {
         let roots = settings.roots.as_deref();
         let mut hasher = SipHasher24::new();
         (&shown, roots).hash(&mut hasher);
+        let (digest, discovery) = (hasher.finish(), &settings.discovery);
+        // What is known of providers stays known where it would be found out in the same way.
+        let same = before.filter(|before| {
+            let known = &before.settings.discovery;
+            before.digest == digest
+                && (&known.peers, known.timeout, known.allow_private)
+                    == (&discovery.peers, discovery.timeout, discovery.allow_private)
+        });
         Ok(Some(Arc::new(Self {
-            discovery: Discovery::new(settings.discovery.clone())?,
+            discovery: match same {
+                Some(before) => before.discovery.clone(),
+                None => Arc::new(Discovery::new(discovery.clone())?),
+            },
             patience: before.map_or_else(|| Arc::new(Patience::new()), |before| before.patience.clone()),
             tls,
-            digest: hasher.finish(),
+            digest,
             client_certificate: shown.as_ref().map(|(chain, key)| forward::identity(chain, key)).transpose()?,
             roots: roots.map(forward::roots).transpose()?,
             settings: settings.clone(),

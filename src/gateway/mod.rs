@@ -21,6 +21,7 @@ mod stream;
 mod upgrade;
 
 pub use start::{StartError, run};
+pub use upgrade::From;
 
 use crate::admission::{Admission, Decision as Verdict, Subject, Tally, bind_sender};
 use crate::dialect::{self, Envelope};
@@ -29,6 +30,7 @@ use crate::privacypass;
 use crate::problem::{Refusal, TokenProblem, Violated};
 use crate::telemetry::{AccessLog, Decision, Metrics};
 use crate::upstream::Nodes;
+use crate::wire::ProviderName;
 use account::{RequestContext, status_written};
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -131,7 +133,12 @@ impl Gateway {
             let operation = endpoint.operations.first().copied().ok_or(Refusal::Internal)?;
             ctx.operation = Some(operation.name);
             // No body names a sender; a certificate does, by the first of its names.
-            let provider = connection.identity.as_ref().and_then(|identity| identity.dns_names.first().cloned());
+            let admitted = |name: &&String| {
+                let name = ProviderName::from_bytes(name.as_bytes());
+                name.is_ok_and(|name| live.peers.admit(&name, connection.identity.as_ref()).is_ok())
+            };
+            let names = connection.identity.as_ref().map(|identity| &identity.dns_names[..]).unwrap_or_default();
+            let provider = names.first().filter(admitted).cloned();
             let subject = Subject {
                 ip: connection.client.ip(),
                 provider: provider.as_deref(),
@@ -441,28 +448,36 @@ impl ProxyHttp for Gateway {
         ctx: &mut RequestContext,
         mut e: Box<Error>,
     ) -> Box<Error> {
-        if let (Some(node), Some(settings)) = (ctx.node.take(), &ctx.settings) {
+        let Some(node) = ctx.node.take() else { return e };
+        if forward::is_refusal(&e)
+            && let Some(settings) = &ctx.settings
+        {
             node.refused(settings, ctx.given_at);
-            tracing::warn!(node = %node.label(), "cannot connect to a Delivery Service node: {e}");
         }
-        // Nothing was sent: the next node may have it.
-        e.set_retry(true);
+        tracing::warn!(node = %node.label(), "cannot connect to a Delivery Service node: {e}");
+        // Nothing was sent: the next node may have it. Where this process has no descriptor or port left, none is at fault, and
+        // none would do better.
+        e.set_retry(!forward::is_of_this_process(&e));
         e
     }
 
     async fn connected_to_upstream(
         &self,
-        _: &mut Session,
-        _: bool,
+        session: &mut Session,
+        reused: bool,
         _: &HttpPeer,
         _: std::os::unix::io::RawFd,
         _: Option<&Digest>,
         ctx: &mut RequestContext,
     ) -> Result<()> {
-        if let Some(node) = &ctx.node {
+        // One that is kept says nothing of whether it would make another.
+        if let Some(node) = ctx.node.as_ref().filter(|_| !reused) {
             node.accepted();
         }
         ctx.forwarded_at = Some(Instant::now());
+        if !session.as_mut().is_body_done() {
+            ctx.await_body();
+        }
         Ok(())
     }
 
@@ -480,7 +495,11 @@ impl ProxyHttp for Gateway {
             && !session.as_ref().retry_buffer_truncated();
         if again {
             ctx.unkeep_token();
-        } else if forward::is_a_failure(&e) && status_written(session).is_none() && ctx.ds_took.is_none() {
+        } else if forward::is_a_failure(&e) && status_written(session).is_none()
+            && ctx.ds_took.is_none()
+            // Else it is the client that keeps everybody waiting.
+            && session.as_mut().is_body_done()
+        {
             ctx.failed();
         }
         // Once to the same node, on another connection; if it will not have it then, to the next.
@@ -501,8 +520,10 @@ impl ProxyHttp for Gateway {
         end: bool,
         ctx: &mut RequestContext,
     ) -> Result<()> {
-        if end && let Some(watch) = &ctx.watch {
-            watch.until(None);
+        match &ctx.watch {
+            Some(watch) if end => watch.until(None),
+            Some(_) => ctx.await_body(),
+            None => {}
         }
         ctx.body.pass(body.as_ref().map_or(0, Bytes::len), end).map_err(|refusal| {
             ctx.pending = Some(refusal);

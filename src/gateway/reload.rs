@@ -10,9 +10,9 @@ use crate::admission::Admission;
 use crate::config::Config;
 use crate::limiter::fleet::{self, Fleet};
 use crate::limiter::memory::Memory;
-use crate::privacypass::{self, Origin};
+use crate::privacypass::{self, Origin, SpentIn};
 use crate::telemetry::AccessLog;
-use crate::tls::Watch;
+use crate::tls::{self, Watch};
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -63,10 +63,11 @@ impl Fixed {
             admin: config.admin,
             egress: config.egress.as_ref().map(|egress| egress.address),
             threads: config.threads,
-            tokens: config
-                .privacy_pass
-                .as_ref()
-                .map(|of| format!("{:?} {} {} {:?}", of.spent, of.spent_tokens, of.threads, of.max_wait)),
+            tokens: config.privacy_pass.as_ref().map(|of| {
+                // The files of spent tokens are of one epoch and secret.
+                let files = matches!(of.spent, SpentIn::Files(_)).then_some((of.epoch, &of.secret));
+                format!("{:?} {} {} {:?} {files:?}", of.spent, of.spent_tokens, of.threads, of.max_wait)
+            }),
         }
     }
 
@@ -93,6 +94,8 @@ struct Reloader {
     fixed: Fixed,
     stores: Stores,
     watch: Watch,
+    /// Files that have changed and could not be taken: tried again at every look, for what was wrong may be in another file.
+    pending: HashSet<PathBuf>,
 }
 
 /// Begins to reload when asked, for as long as the process lives.
@@ -104,7 +107,7 @@ pub(super) fn start(file: PathBuf, shared: Arc<Shared>, fixed: Fixed, stores: St
     };
     let (asker, mut asked) = mpsc::channel::<oneshot::Sender<Outcome>>(4);
     let watch = Watch::new(files(&shared.live.load()));
-    let mut reloader = Reloader { file, shared, fixed, stores, watch };
+    let mut reloader = Reloader { file, shared, fixed, stores, watch, pending: HashSet::new() };
     reloader.watch_anew();
     std::thread::Builder::new().name("reload".into()).spawn(move || {
         runtime.block_on(async {
@@ -172,6 +175,7 @@ impl Reloader {
         let egress = LiveEgress::new(&config, before.egress.as_deref()).map_err(|e| failed("egress", &e))?;
         let stores = Stores::of(&config);
         let (admission, fleet) = self.admission(&before, &config, &stores).map_err(|e| failed("limits", &e))?;
+        self.shared.nodes.resolve_ahead(&config.upstream).await;
         let access_log = AccessLog::open(&config.access_log).map_err(|e| failed("access_log", &e))?;
         let privacy_pass = self
             .privacy_pass(&before, config.privacy_pass.take(), fleet.as_ref())
@@ -180,10 +184,9 @@ impl Reloader {
         self.shared.access_log.exchange(&access_log);
         let upstream = config.upstream.clone();
         let live = Live::new(config, admission, privacy_pass, fleet, Arc::new(tls), egress);
-        self.shared.nodes.resolve_ahead(&upstream).await;
         self.shared.nodes.reload(upstream);
-        self.begin(live);
         self.shared.metrics.file_broken.reset();
+        self.begin(live);
         self.watch_anew();
         (self.fixed, self.stores) = (fixed, stores);
         self.shared.metrics.generation.inc();
@@ -265,84 +268,111 @@ impl Reloader {
     fn watch_anew(&mut self) {
         let live = self.shared.live.load_full();
         self.watch = Watch::new(files(&live));
+        self.pending.clear();
+        let mut again = (*live).clone();
         if let Ok(tls) = live.tls.refreshed(|_| true, |_| {}) {
-            self.begin(Live { tls: Arc::new(tls), ..(*live).clone() });
+            again.tls = Arc::new(tls);
         }
+        if !live.watched.is_empty()
+            && let Err(why) = self.look_again(&live, &mut again)
+        {
+            tracing::debug!("{why}");
+        }
+        self.begin(again);
     }
 
     /// Looks at the files, and takes those that have changed.
     async fn look(&mut self) {
-        let changed: HashSet<PathBuf> = self.watch.changed().into_iter().collect();
-        if changed.is_empty() {
+        let news: HashSet<PathBuf> = self.watch.changed().into_iter().collect();
+        if news.is_empty() && self.pending.is_empty() {
             return;
         }
+        let changed: HashSet<PathBuf> = self.pending.drain().chain(news.iter().cloned()).collect();
         let before = self.shared.live.load_full();
         let mut live = (*before).clone();
-        match before.tls.refreshed(|file| changed.contains(file), |said| self.said(said)) {
+        let mut broken = vec![];
+        let said = |said: Result<PathBuf, tls::FileError>| match said {
+            Ok(file) => self.said_ok(&file),
+            Err(e) => broken.push((e.file.clone(), e.to_string())),
+        };
+        match before.tls.refreshed(|file| changed.contains(file), said) {
             Ok(tls) => live.tls = Arc::new(tls),
             Err(e) => tracing::error!("TLS: {e}"),
         }
         if before.watched.iter().any(|file| changed.contains(file)) {
-            self.look_again(&before, &mut live, &changed).await;
+            match self.look_again(&before, &mut live) {
+                Ok(()) => {
+                    before.watched.iter().filter(|file| changed.contains(*file)).for_each(|file| self.said_ok(file))
+                }
+                Err(why) => {
+                    let files = before.watched.iter().filter(|file| changed.contains(*file));
+                    broken.extend(files.map(|file| (file.clone(), why.clone())));
+                }
+            }
+        }
+        for (file, why) in broken {
+            // What is tried again and again is said once.
+            if !news.is_empty() {
+                self.said_broken(&file, &why);
+            }
+            // Together with those that it belongs to: a certificate and its key.
+            self.pending.extend(changed.iter().cloned());
         }
         self.begin(live);
     }
 
     /// Files of nodes, egress or tickets have changed: the configuration in use is resolved again, from its text as it was read.
-    async fn look_again(&self, before: &Live, live: &mut Live, changed: &HashSet<PathBuf>) {
-        let failed = |why: String| {
-            for file in before.watched.iter().filter(|file| changed.contains(*file)) {
-                self.said(Err(Broken(file, &why)));
-            }
-        };
-        let config = match Config::parse(&self.file, &before.text) {
-            Ok(config) => config,
-            Err(errors) => {
-                return failed(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "));
-            }
-        };
-        let tls = live.tls.with_tickets(Tls::tickets_of(&config, self.shared.own_secret));
-        let egress = LiveEgress::new(&config, before.egress.as_deref());
-        match (tls, egress) {
-            (Ok(tls), Ok(egress)) => {
-                live.tls = Arc::new(tls);
-                live.egress = egress;
-                self.shared.nodes.reload(config.upstream);
-                for file in before.watched.iter().filter(|file| changed.contains(*file)) {
-                    self.said(Ok::<_, Broken<'_>>(file.clone()));
-                }
-            }
-            (Err(e), _) => failed(e.to_string()),
-            (_, Err(e)) => failed(e.to_string()),
-        }
+    fn look_again(&self, before: &Live, live: &mut Live) -> Result<(), String> {
+        let config = Config::parse(&self.file, &before.text)
+            .map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
+        let tickets = Tls::tickets_of(&config, self.shared.own_secret);
+        let tls = live.tls.with_tickets(tickets).map_err(|e| e.to_string())?;
+        let egress = LiveEgress::new(&config, before.egress.as_deref()).map_err(|e| e.to_string())?;
+        live.tls = Arc::new(tls);
+        live.egress = egress;
+        self.shared.nodes.reload(config.upstream);
+        Ok(())
     }
 
-    fn said<E: NamesFile>(&self, said: Result<PathBuf, E>) {
+    fn said_ok(&self, file: &Path) {
         let metrics = &self.shared.metrics;
-        match said {
-            Ok(file) => {
-                let name = file.display().to_string();
-                metrics.file_reloads.with_label_values(&["ok"]).inc();
-                metrics.file_broken.with_label_values(&[name.as_str()]).set(0);
-                tracing::info!(file = %name, "read again: it has changed");
-            }
-            Err(e) => {
-                let name = e.file().display().to_string();
-                metrics.file_reloads.with_label_values(&["failed"]).inc();
-                metrics.file_broken.with_label_values(&[name.as_str()]).set(1);
-                tracing::error!("it has changed and is not taken; what was there before stays in use: {e}");
-            }
-        }
+        let name = file.display().to_string();
+        metrics.file_reloads.with_label_values(&["ok"]).inc();
+        metrics.file_broken.with_label_values(&[name.as_str()]).set(0);
+        tracing::info!(file = %name, "read again: it has changed");
+    }
+
+    fn said_broken(&self, file: &Path, why: &str) {
+        let metrics = &self.shared.metrics;
+        let name = file.display().to_string();
+        metrics.file_reloads.with_label_values(&["failed"]).inc();
+        metrics.file_broken.with_label_values(&[name.as_str()]).set(1);
+        tracing::error!("it has changed and is not taken; what was there before stays in use: {why}");
     }
 
     fn say_expiries(&mut self) {
         let live = self.shared.live.load_full();
         let metrics = &self.shared.metrics;
+        for (listener, until) in live.tls.crls_until() {
+            let left = until.duration_since(SystemTime::now()).unwrap_or_default();
+            metrics.crl_expiry.with_label_values(&[listener.to_string().as_str()]).set(unix(until));
+            if left < std::time::Duration::from_secs(86_400) {
+                tracing::warn!(%listener, "a list of revoked certificates ends within a day: nobody gets in after that");
+            }
+        }
         metrics.certificate_expiry.reset();
         metrics.ocsp_expiry.reset();
         for (files, certificate) in live.tls.certificates() {
             let name = files.chain.display().to_string();
             metrics.certificate_expiry.with_label_values(&[name.as_str()]).set(unix(certificate.not_after()));
+            if let Some(file) = &files.ocsp {
+                let why = certificate.ocsp_problem();
+                if let Some(why) = why {
+                    tracing::warn!(file = %file.display(), "this OCSP response is not stapled: {why}");
+                }
+                let name = file.display().to_string();
+                metrics.file_broken.with_label_values(&[name.as_str()]).set(i64::from(why.is_some()));
+            }
             if let (Some(file), Some(until)) = (&files.ocsp, certificate.ocsp_until()) {
                 metrics.ocsp_expiry.with_label_values(&[file.display().to_string().as_str()]).set(unix(until));
             }
@@ -351,31 +381,6 @@ impl Reloader {
                 tracing::warn!(file = %name, "this certificate ends in {} days", left.as_secs() / 86_400);
             }
         }
-    }
-}
-
-/// An error about a file.
-trait NamesFile: std::fmt::Display {
-    fn file(&self) -> &Path;
-}
-
-impl NamesFile for crate::tls::FileError {
-    fn file(&self) -> &Path {
-        &self.file
-    }
-}
-
-struct Broken<'a>(&'a Path, &'a str);
-
-impl std::fmt::Display for Broken<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.1)
-    }
-}
-
-impl NamesFile for Broken<'_> {
-    fn file(&self) -> &Path {
-        self.0
     }
 }
 

@@ -5,7 +5,7 @@ use super::egress::Egress;
 use super::forward::NodeTlsForms;
 use super::live::{Live, LiveEgress, Tls};
 use super::reload::{Fixed, Stores};
-use super::upgrade::{Signals, Upgrade};
+use super::upgrade::{From, Signals, Successor, Upgrade};
 use super::{Gateway, Shared, admin, door, egress, reload, upgrade};
 use crate::admission::Admission;
 use crate::config::Config;
@@ -55,36 +55,72 @@ pub enum StartError {
     /// The door to other providers cannot be made.
     #[error("egress: {0}")]
     Egress(String),
+    /// The successor ended, and this process has given it the listening sockets.
+    #[error("the successor has ended")]
+    Successor,
     /// The system gives no randomness.
     #[error("the system gives no randomness")]
     Randomness,
 }
 
 /// Runs a gateway until it is told to stop: SIGTERM lets the requests under way end first, SIGINT does not. SIGHUP has the
-/// configuration in `file` read again; SIGUSR2 starts a successor, which takes over the listening sockets. `from` is the
-/// socket at which this process is one itself.
+/// configuration in `file` read again; SIGUSR2 starts a successor, which takes over the listening sockets. `from` is what this
+/// process was told if it is one itself.
 ///
 /// # Errors
 /// [`StartError`].
-pub fn run(config: Config, file: &Path, from: Option<&Path>) -> std::result::Result<(), StartError> {
-    let upgrade = Upgrade::new(file, from).map_err(|e| StartError::Io("upgrade", e))?;
+pub fn run(config: Config, file: &Path, from: Option<&From>) -> std::result::Result<(), StartError> {
+    upgrade::outlive_signals().map_err(|e| StartError::Io("signals", e))?;
+    warn_of_descriptors(&config);
+    let upgrade = Upgrade::new(file, addresses(&config), from).map_err(|e| StartError::Io("upgrade", e))?;
     let (fixed, stores) = (Fixed::of(&config), Stores::of(&config));
     let (asker, asked) = (reload::Later::default(), config.admin);
-    let (server, shared) = server(config, &upgrade, from.is_some(), asker.clone())?;
+    let (server, shared) = server(config, &upgrade, from, asker.clone())?;
     let reloads = reload::start(file.into(), shared.clone(), fixed, stores).map_err(|e| StartError::Io("SIGHUP", e))?;
     let _ = asker.set(reloads);
     let phases = server.watch_execution_phase();
-    let (draining, socket) = (shared.clone(), upgrade.socket.clone());
-    std::thread::spawn(move || watch(phases, &draining, asked, &socket));
+    let (draining, socket, successor) = (shared.clone(), upgrade.socket.clone(), upgrade.successor.clone());
+    let of_watch = successor.clone();
+    std::thread::spawn(move || watch(phases, &draining, asked, &socket, &of_watch));
     server.run(RunArgs { shutdown_signal: Box::new(Signals(upgrade)) });
     shared.access_log.close();
+    if shared.succeeded.load(Ordering::Relaxed) && upgrade::has_failed(&successor) {
+        return Err(StartError::Successor);
+    }
     Ok(())
+}
+
+/// All addresses that are listened at.
+fn addresses(config: &Config) -> Vec<SocketAddr> {
+    let egress = config.egress.as_ref().map(|egress| egress.address);
+    config.listeners.iter().map(|listener| listener.address).chain(egress).chain([config.admin]).collect()
+}
+
+/// Says so where the system gives fewer descriptors than connections may take: each has one, and one to a node.
+fn warn_of_descriptors(config: &Config) {
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let files = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
+    let soft: Option<u64> = files.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    let wanted = u64::from(config.connections.max) * 2;
+    if let Some(soft) = soft.filter(|soft| *soft < wanted) {
+        tracing::warn!(
+            "{soft} open files are the most here, and {} connections may take twice as many: LimitNOFILE= in systemd, ulimit -n; \
+             or a smaller connections.max",
+            config.connections.max
+        );
+    }
 }
 
 /// Tells systemd what it waits for, and ends the process once it has been told to stop and no connection is left; Pingora
 /// would wait for all of its grace period, however little there is to wait for. At the end of that, `run` returns and the
 /// process ends all the same.
-fn watch(mut phases: Receiver<ExecutionPhase>, shared: &Shared, admin: SocketAddr, socket: &Path) {
+fn watch(
+    mut phases: Receiver<ExecutionPhase>,
+    shared: &Shared,
+    admin: SocketAddr,
+    socket: &Path,
+    successor: &Successor,
+) {
     let mut succeeded = false;
     loop {
         match phases.blocking_recv() {
@@ -99,21 +135,29 @@ fn watch(mut phases: Receiver<ExecutionPhase>, shared: &Shared, admin: SocketAdd
             Err(RecvError::Closed) => return,
         }
     }
+    upgrade::clean(socket);
     if !succeeded {
         let _ = sd_notify::notify(&[NotifyState::Stopping]);
-        upgrade::clean(socket);
     }
     tracing::info!(requests = shared.metrics.in_flight.get(), "stopping: requests under way may end");
     shared.draining.store(true, Ordering::Relaxed);
     // A connection is closed once all that HTTP/2 was given to send is sent; a request has ended before that.
-    while shared.connections.count() > 0 || shared.metrics.connections.get() > 0 || shared.metrics.in_flight.get() > 0 {
+    let is_busy =
+        || shared.connections.count() > 0 || shared.metrics.connections.get() > 0 || shared.metrics.in_flight.get() > 0;
+    // With a successor nobody waits for this process: what is under way may end, however long it may take.
+    let until = Instant::now() + shared.live.load().timeouts.shutdown;
+    let mut quiet = 0;
+    // One that was accepted a moment ago is not counted yet.
+    while quiet < 10 && (succeeded || Instant::now() < until) {
+        quiet = if is_busy() { 0 } else { quiet + 1 };
         std::thread::sleep(Duration::from_millis(10));
     }
+    let failed = succeeded && upgrade::has_failed(successor);
     if let Some(origin) = &shared.live.load().privacy_pass {
         origin.settle();
     }
     shared.access_log.close();
-    std::process::exit(0);
+    std::process::exit(i32::from(failed));
 }
 
 /// `READY=1` and `MAINPID`, once the admin listener accepts: a successor is then the service.
@@ -218,20 +262,16 @@ impl BackgroundService for NodeKeeper {
 fn server(
     mut config: Config,
     upgrade: &Upgrade,
-    succeeds: bool,
+    from: Option<&From>,
     reloads: reload::Later,
 ) -> std::result::Result<(Server, Arc<Shared>), StartError> {
     // Pingora panics where it cannot bind; said before, it is an error. What is in use may be the predecessor's.
     let egress = config.egress.as_ref().map(|egress| egress.address);
-    let addresses: Vec<_> = config.listeners.iter().map(|l| l.address).collect();
-    for address in addresses.iter().copied().chain(egress).chain([config.admin]) {
-        match std::net::TcpListener::bind(address) {
-            Err(e) if !(succeeds && e.kind() == std::io::ErrorKind::AddrInUse) => {
-                return Err(StartError::Listen(address, e));
-            }
-            _ => {}
-        }
+    let is_inherited = |address: &SocketAddr| from.is_some_and(|from| from.addresses.contains(address));
+    for address in addresses(&config).into_iter().filter(|address| !is_inherited(address)) {
+        std::net::TcpListener::bind(address).map_err(|e| StartError::Listen(address, e))?;
     }
+    let addresses: Vec<_> = config.listeners.iter().map(|l| l.address).collect();
     let metrics = Metrics::new(&config.peers.named)?;
     // For what makes its own TLS configuration: a cluster's connections to the store of limits.
     let _ = tls::provider().install_default();
@@ -270,7 +310,10 @@ fn server(
         Arc::new(NodeMetrics { metrics: metrics.clone(), known: Mutex::default() }),
     );
     resolve(&nodes)?;
-    let (threads, shutdown, admin) = (config.threads, config.timeouts.shutdown, config.admin);
+    let (threads, admin) = (config.threads, config.admin);
+    let timeouts = config.timeouts;
+    // As long as any request may take; `watch` ends the process before, unless there is a successor.
+    let longest = timeouts.shutdown.max(timeouts.body_total + config.upstream.read_timeout * 2);
     let live = Live::new(config, admission, privacy_pass, fleet, tls, egress_door);
     let shared = Arc::new(Shared {
         live: ArcSwap::from_pointee(live),
@@ -290,13 +333,13 @@ fn server(
         threads,
         work_stealing: threads > 1,
         upstream_keepalive_pool_size: 1024,
-        grace_period_seconds: Some(shutdown.as_secs().max(1)),
+        grace_period_seconds: Some(longest.as_secs().max(1)),
         graceful_shutdown_timeout_seconds: Some(1),
         max_retries: 16,
         upgrade_sock: upgrade.socket.display().to_string(),
         ..ServerConf::default()
     };
-    let options = Opt { upgrade: succeeds, ..Opt::default() };
+    let options = Opt { upgrade: from.is_some(), ..Opt::default() };
     let mut server = Server::new_with_opt_and_conf(options, conf);
     // A successor gets the listening sockets here.
     server.bootstrap();

@@ -27,10 +27,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::Sleep;
+
+/// A connection with a certificate lives no longer than this.
+const LONGEST: Duration = Duration::from_secs(366 * 86_400);
 
 /// Octets of a request head at most.
 const MAX_HEAD: usize = 64 * 1024;
@@ -66,6 +69,8 @@ pub(super) struct Connection {
     pub(super) chain: Vec<CertificateDer<'static>>,
     /// What the listener trusted then.
     pub(super) trust: Option<[u8; 32]>,
+    /// When its certificate ends.
+    pub(super) until: Option<SystemTime>,
     /// What was negotiated, for the Delivery Service, if that is told.
     pub(super) tls: Option<Box<str>>,
     /// Tells that it has to end.
@@ -84,7 +89,7 @@ impl Connection {
         client: SocketAddr,
         listener: SocketAddr,
         session: &rustls::ServerConnection,
-        tls: &ListenerTls,
+        of: &ListenerTls,
         says_tls: bool,
         open: prometheus::IntGauge,
     ) -> Self {
@@ -98,7 +103,8 @@ impl Connection {
             identity: chain.first().map(tls::identity),
             h2: session.alpn_protocol() == Some(b"h2"),
             listener,
-            trust: tls.trust,
+            trust: of.trust,
+            until: chain.first().and_then(tls::not_after),
             chain,
             tls: says_tls.then(|| negotiated(session).into()),
             cut: Notify::new(),
@@ -121,6 +127,7 @@ impl Connection {
             h2: false,
             listener,
             trust: None,
+            until: None,
             chain: vec![],
             tls: None,
             cut: Notify::new(),
@@ -137,9 +144,17 @@ impl Connection {
         self.cut.notify_one();
     }
 
-    /// Waits until it has to end.
-    pub(super) async fn is_cut(&self) {
-        self.cut.notified().await;
+    /// Waits until it has to end: its peer is not admitted any more, or its certificate is over.
+    pub(super) async fn is_over(&self) {
+        match self.until {
+            Some(until) => {
+                // It is good for all of its last second (RFC 5280 §4.1.2.5).
+                let left = (until + Duration::from_secs(1)).duration_since(SystemTime::now()).unwrap_or_default();
+                // The clock may be set; and nothing waits for a century.
+                let _ = tokio::time::timeout(left.min(LONGEST), self.cut.notified()).await;
+            }
+            None => self.cut.notified().await,
+        }
     }
 
     /// The head of a request is awaited (HTTP/1.1).

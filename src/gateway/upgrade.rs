@@ -5,85 +5,141 @@
 //! one of a socket that both have, so none is lost between the two.
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use pingora_core::server::{ShutdownSignal, ShutdownSignalWatch};
+use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// How long a successor may take until it waits for the sockets.
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
+/// What a successor is told.
+#[derive(Debug, Clone)]
+pub struct From {
+    /// Where it is given the listening sockets.
+    pub socket: PathBuf,
+    /// The addresses that its predecessor listens at.
+    pub addresses: Vec<SocketAddr>,
+}
+
 /// What is needed to start a successor.
 pub(super) struct Upgrade {
     program: PathBuf,
     config: PathBuf,
-    /// Where it is given the listening sockets, in a directory that is this user's alone: who can connect there could take
-    /// part in what is for us.
+    /// Where it is given the listening sockets.
     pub(super) socket: PathBuf,
+    addresses: Vec<SocketAddr>,
+    /// The one that was started.
+    pub(super) successor: Successor,
+}
+
+/// A successor, once there is one.
+pub(super) type Successor = Arc<Mutex<Option<Child>>>;
+
+/// Whether a successor that had the sockets has ended: then nobody serves any more when this process ends.
+pub(super) fn has_failed(successor: &Successor) -> bool {
+    let mut successor = successor.lock();
+    match successor.as_mut().map(Child::try_wait) {
+        Some(Ok(Some(status))) => {
+            tracing::error!(%status, "the successor has ended");
+            true
+        }
+        _ => false,
+    }
+}
+
+/// From now on SIGHUP and SIGUSR2 do not end the process, as they would by themselves. Who sends them before there is anything
+/// to reload or to succeed is not heard.
+pub(super) fn outlive_signals() -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let _inside = runtime.enter();
+    // What is registered stays so for as long as the process lives.
+    let _ = signal(SignalKind::hangup())?;
+    let _ = signal(SignalKind::user_defined2())?;
+    Ok(())
+}
+
+/// The program that this process was started from, by the name that leads to it: once the file is replaced, or the link on its
+/// way there, the system says another.
+fn program() -> std::io::Result<PathBuf> {
+    let exact = std::env::current_exe()?;
+    let said = std::env::args_os().next().map(PathBuf::from).filter(|said| said.is_absolute());
+    Ok(said.filter(|said| said.canonicalize().is_ok_and(|said| said == exact)).unwrap_or(exact))
 }
 
 impl Upgrade {
-    /// For a gateway that runs with a configuration; `from` is the socket at which it was given its own listening sockets.
-    pub(super) fn new(config: &Path, from: Option<&Path>) -> std::io::Result<Self> {
+    /// For a gateway that runs with a configuration, and listens at these addresses; `from` is what it was told as a successor.
+    pub(super) fn new(config: &Path, addresses: Vec<SocketAddr>, from: Option<&From>) -> std::io::Result<Self> {
         let socket = match from {
-            Some(socket) => socket.to_owned(),
-            None => directory()?.join("upgrade.sock"),
+            Some(from) => from.socket.clone(),
+            None => {
+                // systemd's directory for the service, if there is one; of several, the first.
+                let given = std::env::var_os("RUNTIME_DIRECTORY").and_then(|dirs| std::env::split_paths(&dirs).next());
+                let base = given.filter(|dir| dir.is_absolute()).unwrap_or_else(std::env::temp_dir);
+                let id: [u8; 16] = crate::config::random().ok_or_else(|| std::io::Error::other("no randomness"))?;
+                base.join(format!("moh-gateway-{}", hex::encode(id))).join("socket")
+            }
         };
-        // Asked now: once the file is replaced, the system says another name.
-        Ok(Self { program: std::env::current_exe()?, config: std::path::absolute(config)?, socket })
+        let config = std::path::absolute(config)?;
+        Ok(Self { program: program()?, config, socket, addresses, successor: Successor::default() })
+    }
+
+    /// Makes the directory of the socket, which is this user's alone: who can connect there could take part in what is for us.
+    /// One that is there already is somebody else's.
+    fn make_directory(&self) -> Result<(), String> {
+        clean(&self.socket);
+        let dir = self.socket.parent().unwrap_or(Path::new("/"));
+        std::fs::DirBuilder::new().mode(0o700).create(dir).map_err(|e| format!("{}: {e}", dir.display()))
     }
 
     /// Starts a successor and waits until it is ready for the sockets; or says why it is not.
-    async fn successor(&self) -> Result<Child, String> {
-        match std::fs::remove_file(&self.socket) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(format!("{}: {e}", self.socket.display()));
-            }
-            _ => {}
-        }
+    async fn succeed(&self) -> Result<u32, String> {
+        self.make_directory()?;
+        let addresses: Vec<_> = self.addresses.iter().map(ToString::to_string).collect();
         let mut command = Command::new(&self.program);
         command.args(["run", "--config"]).arg(&self.config).arg("--upgrade").arg(&self.socket);
-        let mut child = command.spawn().map_err(|e| format!("{}: {e}", self.program.display()))?;
+        command.arg("--inherits").arg(addresses.join(","));
+        let child = command.spawn().map_err(|e| format!("{}: {e}", self.program.display()))?;
+        let pid = child.id();
+        *self.successor.lock() = Some(child);
         let until = Instant::now() + READY_WITHIN;
         while !self.socket.exists() {
-            match child.try_wait() {
-                Ok(None) => {}
-                Ok(Some(status)) => return Err(format!("it ended: {status}")),
-                Err(e) => return Err(e.to_string()),
+            match self.successor.lock().as_mut().map(Child::try_wait) {
+                Some(Ok(None)) => {}
+                Some(Ok(Some(status))) => return Err(format!("it ended: {status}")),
+                Some(Err(e)) => return Err(e.to_string()),
+                None => return Err("it is gone".into()),
             }
             if Instant::now() > until {
-                let _ = child.kill();
-                let _ = child.wait();
                 return Err(format!("it is not ready after {READY_WITHIN:?}"));
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        Ok(child)
+        Ok(pid)
+    }
+
+    /// Ends a successor that is not to be one.
+    fn give_up(&self) {
+        if let Some(mut child) = self.successor.lock().take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        clean(&self.socket);
     }
 }
 
-/// Takes away what is left of the socket, where nobody comes after.
+/// Takes away the socket and its directory.
 pub(super) fn clean(socket: &Path) {
     let _ = std::fs::remove_file(socket);
-    if let Some(dir) = socket.parent().filter(|dir| dir.starts_with(std::env::temp_dir())) {
-        // Only if it is empty, as our own is.
+    if let Some(dir) = socket.parent() {
+        // Only if it is empty.
         let _ = std::fs::remove_dir(dir);
     }
-}
-
-/// A directory of this user alone: the one that systemd made for the service, or one of our own.
-fn directory() -> std::io::Result<PathBuf> {
-    // Of several, the first.
-    let given = std::env::var_os("RUNTIME_DIRECTORY").and_then(|dirs| std::env::split_paths(&dirs).next());
-    if let Some(dir) = given.filter(|dir| dir.is_absolute()) {
-        return Ok(dir);
-    }
-    let id: [u8; 8] = crate::config::random().ok_or_else(|| std::io::Error::other("no randomness"))?;
-    let dir = std::env::temp_dir().join(format!("moh-gateway-{}", hex::encode(id)));
-    std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
-    Ok(dir)
 }
 
 /// The signals that end the process, or have another follow it.
@@ -98,19 +154,35 @@ impl ShutdownSignalWatch for Signals {
         let mut interrupt = listen(SignalKind::interrupt());
         let mut upgrade = listen(SignalKind::user_defined2());
         loop {
+            let end = async {
+                tokio::select! {
+                    () = came(&mut terminate) => ShutdownSignal::GracefulTerminate,
+                    () = came(&mut quit) => ShutdownSignal::GracefulTerminate,
+                    () = came(&mut interrupt) => ShutdownSignal::FastShutdown,
+                }
+            };
+            tokio::pin!(end);
             tokio::select! {
-                () = came(&mut terminate) => return ShutdownSignal::GracefulTerminate,
-                () = came(&mut quit) => return ShutdownSignal::GracefulTerminate,
-                () = came(&mut interrupt) => return ShutdownSignal::FastShutdown,
-                () = came(&mut upgrade) => {
-                    tracing::info!(program = %self.0.program.display(), "starting a successor");
-                    match self.0.successor().await {
-                        Ok(child) => {
-                            tracing::info!(pid = child.id(), "a successor is ready: it gets the listening sockets");
-                            return ShutdownSignal::GracefulUpgrade;
-                        }
-                        Err(why) => tracing::error!("no successor, going on as before: {why}"),
-                    }
+                end = &mut end => return end,
+                () = came(&mut upgrade) => {}
+            }
+            tracing::info!(program = %self.0.program.display(), "starting a successor");
+            let succeeded = tokio::select! {
+                // To be told to end comes before to be told to be followed.
+                end = &mut end => {
+                    self.0.give_up();
+                    return end;
+                }
+                succeeded = self.0.succeed() => succeeded,
+            };
+            match succeeded {
+                Ok(pid) => {
+                    tracing::info!(pid, "a successor is ready: it gets the listening sockets");
+                    return ShutdownSignal::GracefulUpgrade;
+                }
+                Err(why) => {
+                    self.0.give_up();
+                    tracing::error!("no successor, going on as before: {why}");
                 }
             }
         }

@@ -119,7 +119,7 @@ pub struct Origin {
     spent: Arc<Spent>,
     metrics: Metrics,
     /// Where directories are asked. None before the first of them.
-    directories: parking_lot::Mutex<Option<tokio::runtime::Handle>>,
+    directories: parking_lot::Mutex<Option<(tokio::runtime::Handle, tokio::sync::oneshot::Sender<()>)>>,
 }
 
 impl std::fmt::Debug for Origin {
@@ -204,12 +204,14 @@ impl Origin {
             }
             if handle.is_none() {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                *handle = Some(runtime.handle().clone());
-                std::thread::Builder::new()
-                    .name("directories".into())
-                    .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+                let (end, ended) = tokio::sync::oneshot::channel::<()>();
+                *handle = Some((runtime.handle().clone(), end));
+                std::thread::Builder::new().name("directories".into()).spawn(move || {
+                    // Until the Origin is dropped, and the sender with it.
+                    let _ = runtime.block_on(ended);
+                })?;
             }
-            if let Some(handle) = &*handle {
+            if let Some((handle, _)) = &*handle {
                 let metrics = self.metrics.directory(issuer);
                 handle.spawn(directory::keep(Arc::downgrade(issuer), of.accepted_for(), metrics));
             }

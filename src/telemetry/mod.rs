@@ -57,6 +57,7 @@ const REFUSED_CONNECTIONS: &[&str] = &[
     "handshakes-at-once",
     "proxy-protocol",
     "certificate-expired",
+    "certificate-chain",
     "http2-abuse",
 ];
 
@@ -96,6 +97,8 @@ pub struct Metrics {
     pub certificate_expiry: IntGaugeVec,
     /// When a stapled OCSP response ends.
     pub ocsp_expiry: IntGaugeVec,
+    /// When the first of a listener's lists of revoked certificates ends.
+    pub crl_expiry: IntGaugeVec,
     /// Files that were read again because they had changed, by what came of it.
     pub file_reloads: IntCounterVec,
     /// 1 while the newest content of a file is not in use because it is broken.
@@ -228,6 +231,11 @@ impl Metrics {
                 "ocsp_expiry_seconds",
                 "When a stapled OCSP response ends, by the Unix clock.",
                 &["file"],
+            )?,
+            crl_expiry: gauges(
+                "crl_expiry_seconds",
+                "When the first of a listener's lists of revoked certificates ends, by the Unix clock: nobody gets in after that.",
+                &["listener"],
             )?,
             file_reloads: counters(
                 "file_reloads_total",

@@ -1,12 +1,12 @@
 //! Certificates with their keys, from files, and what a certificate says.
 
-use super::{Error, FileError, ocsp, provider, read, sha256};
+use super::{Error, FileError, OcspError, ocsp, provider, read, sha256};
 use crate::admission::PeerIdentity;
 use crate::wire::ProviderName;
 use rustls::SignatureScheme;
 use rustls::client::ResolvesClientCert;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,8 @@ pub struct Certificate {
     not_after: SystemTime,
     key: Arc<CertifiedKey>,
     staple: Option<Staple>,
+    /// Why there is an OCSP response and no staple.
+    unstapled: Option<OcspError>,
     key_der: Arc<PrivateKeyDer<'static>>,
 }
 
@@ -82,12 +84,10 @@ pub fn identity(certificate: &CertificateDer<'_>) -> PeerIdentity {
     }
 }
 
-/// Whether `now` is within the validity of a certificate (RFC 5280 §4.1.2.5). One that cannot be read is never valid.
-pub fn is_current(certificate: &CertificateDer<'_>, now: UnixTime) -> bool {
-    let Ok(certificate) = parse(certificate) else { return false };
-    let validity = certificate.validity();
-    let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
-    (validity.not_before.timestamp()..=validity.not_after.timestamp()).contains(&now)
+/// When a certificate expires (RFC 5280 §4.1.2.5); a time before 1970 is 1970. None: it cannot be read.
+pub fn not_after(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
+    let certificate = parse(certificate).ok()?;
+    Some(system_time(certificate.validity().not_after))
 }
 
 // === impl Certificate ===
@@ -116,7 +116,7 @@ impl Certificate {
         let key = provider().key_provider.load_private_key(key_der.clone_key()).map_err(Error::BadKey)?;
         let key = CertifiedKey::new(chain, key);
         key.keys_match().map_err(|_| Error::KeyMismatch)?;
-        Ok(Self { names, not_after, key: Arc::new(key), staple: None, key_der: Arc::new(key_der) })
+        Ok(Self { names, not_after, key: Arc::new(key), staple: None, unstapled: None, key_der: Arc::new(key_der) })
     }
 
     /// With an OCSP response in DER, which is stapled until its nextUpdate (RFC 6960, RFC 8446 §4.4.2.1).
@@ -126,18 +126,24 @@ impl Certificate {
     pub fn with_ocsp(self, der: &[u8]) -> Result<Self, Error> {
         let now = SystemTime::now();
         let certificate = self.stapled(der, now)?;
-        if certificate.ocsp_until().is_some_and(|until| now < until) {
-            Ok(certificate)
-        } else {
-            Err(ocsp::OcspError::Expired.into())
+        match certificate.ocsp_problem_at(now).copied() {
+            None => Ok(certificate),
+            Some(why) => Err(why.into()),
         }
     }
 
-    /// With a response that may have expired: then it is not sent.
-    pub(super) fn stapled(mut self, der: &[u8], now: SystemTime) -> Result<Self, Error> {
-        let until = ocsp::check(der, self.chain(), now)?;
-        let key = CertifiedKey { ocsp: Some(der.to_vec()), ..CertifiedKey::clone(&self.key) };
-        self.staple = Some(Staple { key: Arc::new(key), until });
+    /// With a response that may have expired, not begun, or be about another certificate: then it is not sent.
+    fn stapled(mut self, der: &[u8], now: SystemTime) -> Result<Self, Error> {
+        (self.staple, self.unstapled) = match ocsp::check(der, self.chain(), now) {
+            Ok(until) => {
+                let key = CertifiedKey { ocsp: Some(der.to_vec()), ..CertifiedKey::clone(&self.key) };
+                (Some(Staple { key: Arc::new(key), until }), None)
+            }
+            Err(why @ (OcspError::OtherCertificate | OcspError::OtherIssuer | OcspError::NotYetValid)) => {
+                (None, Some(why))
+            }
+            Err(why) => return Err(why.into()),
+        };
         Ok(self)
     }
 
@@ -167,9 +173,23 @@ impl Certificate {
         algorithm.as_str().unwrap_or("another")
     }
 
-    /// Until when its OCSP response is sent; a time that has passed where it has expired. None: there is none.
+    /// Until when its OCSP response is sent; a time that has passed where it has expired. None: there is none that
+    /// could be sent.
     pub fn ocsp_until(&self) -> Option<SystemTime> {
         self.staple.as_ref().map(|staple| staple.until)
+    }
+
+    /// Why there is an OCSP response and it is not sent now: it has expired, is of a time to come, or about another
+    /// certificate. None: it is sent, or there is none.
+    pub fn ocsp_problem(&self) -> Option<&OcspError> {
+        self.ocsp_problem_at(SystemTime::now())
+    }
+
+    fn ocsp_problem_at(&self, now: SystemTime) -> Option<&OcspError> {
+        match &self.staple {
+            Some(staple) if staple.until <= now => Some(&OcspError::Expired),
+            _ => self.unstapled.as_ref(),
+        }
     }
 
     /// The chain and key as they are shown now: with the OCSP response, as long as that is good.
@@ -198,6 +218,7 @@ impl fmt::Debug for Certificate {
             .field("key_type", &self.key_type())
             .field("not_after", &self.not_after)
             .field("ocsp_until", &self.ocsp_until())
+            .field("unstapled", &self.unstapled)
             .finish_non_exhaustive()
     }
 }
@@ -205,8 +226,9 @@ impl fmt::Debug for Certificate {
 // === impl CertificateFiles ===
 
 impl CertificateFiles {
-    /// What the files hold now. An OCSP response that has expired is none: [`Certificate::ocsp_until`] says so, and a
-    /// gateway that begins while a responder is away begins without it.
+    /// What the files hold now. An OCSP response that has expired, is not yet valid, or is about another certificate is
+    /// none, and [`Certificate::ocsp_problem`] says why: a gateway begins while a responder is away, and a certificate
+    /// that was renewed does not wait for its response.
     ///
     /// # Errors
     /// A file cannot be read, or is wrong; and which.
@@ -241,7 +263,7 @@ impl CertificateFiles {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Ca, now};
+    use super::super::testing::{Ca, der, now};
     use super::*;
 
     #[test]
@@ -263,13 +285,11 @@ mod tests {
         assert_eq!(peer.spki_sha256, sha256(&rcgen::PublicKeyData::subject_public_key_info(&issued.key)));
         assert_eq!(identity(&CertificateDer::from(vec![0x30, 0x00])), PeerIdentity::default());
 
-        assert!(is_current(&issued.der, UnixTime::now()));
+        assert_eq!(not_after(&issued.der), Some(certificate.not_after()));
         let old = ca.issue_with(&["a.example"], |params| params.not_after = now(-60));
-        assert!(!is_current(&old.der, UnixTime::now()));
-        assert!(is_current(&old.der, UnixTime::since_unix_epoch(Duration::from_secs(1_000_000_000))));
-        let later = ca.issue_with(&["a.example"], |params| params.not_before = now(60));
-        assert!(!is_current(&later.der, UnixTime::now()));
-        assert!(!is_current(&CertificateDer::from(vec![]), UnixTime::now()));
+        let since = SystemTime::now().duration_since(not_after(&old.der).unwrap()).unwrap();
+        assert!((60..=70).contains(&since.as_secs()), "{since:?}");
+        assert_eq!(not_after(&CertificateDer::from(vec![])), None);
     }
 
     #[test]
@@ -305,14 +325,20 @@ mod tests {
         assert_eq!(files.load().unwrap().ocsp_until(), None);
         assert_eq!(files.files().collect::<Vec<_>>(), [&files.chain, &files.key]);
 
+        assert_eq!(files.load().unwrap().ocsp_problem(), None, "no response is no problem");
+
         let expired = ca.ocsp(&issued).until(-60).signed();
         files.ocsp = Some(write("a.ocsp", &expired));
         let certificate = files.load().unwrap();
         assert!(certificate.ocsp_until().unwrap() < SystemTime::now(), "not sent, and said");
+        assert_eq!(certificate.ocsp_problem(), Some(&OcspError::Expired));
         assert!(certificate.certified(SystemTime::now()).ocsp.is_none());
 
         write("a.ocsp", &ca.ocsp(&issued).signed());
-        assert!(files.load().unwrap().certified(SystemTime::now()).ocsp.is_some());
+        let certificate = files.load().unwrap();
+        assert!(certificate.certified(SystemTime::now()).ocsp.is_some());
+        assert_eq!(certificate.ocsp_problem(), None);
+        assert_eq!(certificate.ocsp_problem_at(certificate.ocsp_until().unwrap()), Some(&OcspError::Expired));
         assert_eq!(files.files().count(), 3);
 
         write("a.ocsp", b"nothing");
@@ -324,5 +350,49 @@ mod tests {
         std::fs::remove_file(&files.chain).unwrap();
         let error = files.load().unwrap_err();
         assert!(error.file == files.chain && matches!(error.error, Error::Io(_)), "{error}");
+    }
+
+    #[test]
+    fn a_renewed_certificate_does_not_wait_for_its_response() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let ca = Ca::new("ca");
+        let (issued, before) = (ca.issue(&["a.example"]), ca.issue(&["a.example"]));
+        std::fs::write(path("a.pem"), issued.chain_pem()).unwrap();
+        std::fs::write(path("a.key"), issued.key_pem()).unwrap();
+        let files = CertificateFiles { chain: path("a.pem"), key: path("a.key"), ocsp: Some(path("a.ocsp")) };
+        let load = |response: Vec<u8>| {
+            std::fs::write(path("a.ocsp"), response).unwrap();
+            files.load()
+        };
+
+        for (response, why) in [
+            (ca.ocsp(&before).signed(), OcspError::OtherCertificate),
+            (Ca::new("ca").ocsp(&issued).signed(), OcspError::OtherIssuer),
+            (ca.ocsp(&issued).since(1000).until(4000).signed(), OcspError::NotYetValid),
+        ] {
+            let error = issued.certificate().with_ocsp(&response).unwrap_err();
+            assert!(matches!(&error, Error::Ocsp(error) if *error == why), "{error}");
+            let certificate = load(response).unwrap();
+            assert_eq!((certificate.ocsp_problem(), certificate.ocsp_until()), (Some(&why), None));
+            assert!(certificate.certified(SystemTime::now()).ocsp.is_none(), "{why}");
+            assert_eq!(certificate.chain(), issued.chain());
+        }
+        assert_eq!(load(ca.ocsp(&issued).signed()).unwrap().ocsp_problem(), None);
+
+        let revoked = der(0xa1, &[&der(0x18, &[b"20200101000000Z"])]);
+        let mut forged = ca.ocsp(&issued).signed();
+        *forged.last_mut().unwrap() ^= 1;
+        for (response, why) in [
+            (ca.ocsp(&issued).status(revoked.clone()).signed(), OcspError::Revoked),
+            (ca.ocsp(&issued).status(revoked).since(1000).until(4000).signed(), OcspError::Revoked),
+            (ca.ocsp(&issued).status(der(0x82, &[])).signed(), OcspError::Unknown),
+            (ca.ocsp(&issued).without_end().signed(), OcspError::NoEnd),
+            (forged, OcspError::BadSignature),
+            (vec![], OcspError::Malformed),
+        ] {
+            let error = load(response).unwrap_err();
+            assert!(matches!(&error.error, Error::Ocsp(error) if *error == why), "{error}");
+        }
     }
 }

@@ -13,7 +13,7 @@ mod tickets;
 mod trust;
 mod watch;
 
-pub use certificate::{Certificate, CertificateFiles, identity, is_current};
+pub use certificate::{Certificate, CertificateFiles, identity, not_after};
 pub use ocsp::OcspError;
 pub use store::CertificateStore;
 pub use tickets::Tickets;
@@ -133,8 +133,8 @@ pub fn client_config(
 /// The TLS of a listener: TLS 1.3, `h2` and `http/1.1` by ALPN, no early data. `client` verifies the certificates of
 /// clients; without it none is asked for. Sessions are resumed with `tickets` only, and without them not at all.
 ///
-/// A resumed session brings its client's certificate with it, and rustls does not verify that again: whoever accepts it
-/// asks [`still_trusted`], and `tickets` are bound to what `client` trusts.
+/// A resumed session brings its client's certificate with it, and rustls does not verify that again: `tickets` are
+/// bound to what `client` trusts and ask [`still_trusted`] ([`Tickets::with_check`]), and so does whoever accepts one.
 ///
 /// # Errors
 /// rustls does not take it.

@@ -9,7 +9,9 @@ use arc_swap::ArcSwapOption;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
 use aws_lc_rs::error::Unspecified;
 use aws_lc_rs::hkdf;
+use rustls::pki_types::CertificateDer;
 use rustls::server::ProducesTickets;
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -21,6 +23,19 @@ pub struct Tickets {
     /// Seconds.
     rotation: u64,
     keys: ArcSwapOption<Keys>,
+    check: Option<Check>,
+}
+
+/// Whether a client's chain is good for a session to go on.
+struct Check(Box<Accepts>);
+
+/// Whether a chain is accepted.
+type Accepts = dyn Fn(&[CertificateDer<'_>]) -> bool + Send + Sync;
+
+impl fmt::Debug for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Check")
+    }
 }
 
 /// The keys of a time.
@@ -68,7 +83,26 @@ impl Tickets {
     pub fn new(secret: impl AsRef<[u8]>, rotation: Duration, binding: [u8; 32]) -> Self {
         let secret = hkdf::Salt::new(hkdf::HKDF_SHA256, b"moh-gateway").extract(secret.as_ref());
         let rotation = rotation.as_secs().clamp(1, MAX_LIFETIME / 2);
-        Self { secret, binding, rotation, keys: ArcSwapOption::empty() }
+        Self { secret, binding, rotation, keys: ArcSwapOption::empty(), check: None }
+    }
+
+    /// Of a session that has a client's certificate, a ticket is taken only where `check` accepts the chain, the
+    /// certificate itself first. Otherwise there is a full handshake, to which the client brings the certificate it has
+    /// now: rustls would go on with the old one, and hand out new tickets with it.
+    ///
+    /// `check` is called in the handshake, and more than once where a client offers several tickets.
+    pub fn with_check(self, check: impl Fn(&[CertificateDer<'_>]) -> bool + Send + Sync + 'static) -> Self {
+        Self { check: Some(Check(Box::new(check))), ..self }
+    }
+
+    /// Whether what a ticket held is good for a session now. What cannot be read is not.
+    fn goes_on(&self, session: &[u8]) -> bool {
+        let Some(Check(check)) = &self.check else { return true };
+        match client_chain(session) {
+            Ok(Some(chain)) => check(&chain),
+            Ok(None) => true,
+            Err(Unspecified) => false,
+        }
     }
 
     fn epoch(&self, now: u64) -> u64 {
@@ -162,16 +196,80 @@ impl ProducesTickets for Tickets {
     }
 
     fn decrypt(&self, cipher: &[u8]) -> Option<Vec<u8>> {
-        self.open(cipher, now()).ok()
+        let session = self.open(cipher, now()).ok()?;
+        self.goes_on(&session).then_some(session)
     }
+}
+
+// === sessions ===
+
+/// What is left to be read.
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, octets: usize) -> Result<&'a [u8], Unspecified> {
+        let (taken, rest) = self.0.split_at_checked(octets).ok_or(Unspecified)?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    /// What comes after its length, which has so many octets.
+    fn vector(&mut self, octets_of_length: usize) -> Result<&'a [u8], Unspecified> {
+        let length = self.take(octets_of_length)?.iter().fold(0, |length, octet| (length << 8) | usize::from(*octet));
+        self.take(length)
+    }
+
+    fn flag(&mut self) -> Result<bool, Unspecified> {
+        match self.take(1)? {
+            [0] => Ok(false),
+            [1] => Ok(true),
+            _ => Err(Unspecified),
+        }
+    }
+}
+
+/// The client's chain in what rustls 0.23 writes of a session (`ServerSessionValue` in its `msgs/persist.rs`). All of
+/// it is read to its end, so that what another rustls writes is an error, and not a session without a certificate.
+fn client_chain(session: &[u8]) -> Result<Option<Vec<CertificateDer<'_>>>, Unspecified> {
+    let mut session = Reader(session);
+    // The name that was asked for.
+    if session.flag()? {
+        session.vector(1)?;
+    }
+    // Version and cipher suite.
+    session.take(2 + 2)?;
+    // The secret; whether it is an extended one of TLS 1.2.
+    session.vector(1)?;
+    session.flag()?;
+    let list = if session.flag()? { Some(session.vector(3)?) } else { None };
+    // ALPN.
+    if session.flag()? {
+        session.vector(1)?;
+    }
+    // What the application adds; when it began; what is added to the age of its ticket.
+    session.vector(2)?;
+    session.take(8 + 4)?;
+    if !session.0.is_empty() {
+        return Err(Unspecified);
+    }
+    let Some(list) = list else { return Ok(None) };
+    let (mut list, mut chain) = (Reader(list), vec![]);
+    while !list.0.is_empty() {
+        chain.push(CertificateDer::from(list.vector(3)?));
+    }
+    // Who has no certificate has no list.
+    if chain.is_empty() { Err(Unspecified) } else { Ok(Some(chain)) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::testing::{Ca, client, handshake};
     use super::*;
-    use crate::tls::{CertificateStore, server_config};
-    use rustls::HandshakeKind;
+    use crate::tls::{CertificateStore, provider, server_config};
+    use parking_lot::Mutex;
+    use rustls::server::WebPkiClientVerifier;
+    use rustls::{ClientConfig, HandshakeKind, ServerConfig};
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     const HOUR: Duration = Duration::from_secs(3600);
     /// The beginning of an epoch.
@@ -179,6 +277,23 @@ mod tests {
 
     fn tickets(secret: u8, binding: u8) -> Tickets {
         Tickets::new([secret; 32], HOUR, [binding; 32])
+    }
+
+    fn octets(chain: &[CertificateDer<'_>]) -> Vec<Vec<u8>> {
+        chain.iter().map(|der| der.to_vec()).collect()
+    }
+
+    /// A listener to which clients may come with a certificate.
+    fn listener(ca: &Ca, tickets: Arc<dyn ProducesTickets>) -> Arc<ServerConfig> {
+        let store = Arc::new(CertificateStore::new(vec![ca.issue(&["a.example"]).certificate()]).unwrap());
+        let builder = WebPkiClientVerifier::builder_with_provider(ca.roots(), Arc::new(provider()));
+        let verifier = builder.allow_unauthenticated().build().unwrap();
+        Arc::new(server_config(store, Some(verifier), Some(tickets)).unwrap())
+    }
+
+    fn is_resumed(client: &Arc<ClientConfig>, server: &Arc<ServerConfig>) -> bool {
+        let (_, server) = handshake(client.clone(), server.clone(), "a.example").unwrap();
+        server.handshake_kind() == Some(HandshakeKind::Resumed)
     }
 
     #[test]
@@ -265,19 +380,114 @@ mod tests {
         };
         let (one, other) = (server(Some(tickets(1, 1))), server(Some(tickets(1, 1))));
         let (bound, none) = (server(Some(tickets(1, 2))), server(None));
-        let kind = |client: &Arc<_>, server: &Arc<_>| {
-            let (_, server) = handshake(Arc::clone(client), Arc::clone(server), "a.example").unwrap();
-            server.handshake_kind().unwrap()
-        };
-        let full =
-            |kind: HandshakeKind| kind == HandshakeKind::Full || kind == HandshakeKind::FullWithHelloRetryRequest;
         let visitor = client(&ca, None, &[]);
-        assert!(full(kind(&visitor, &one)));
-        assert_eq!(kind(&visitor, &other), HandshakeKind::Resumed);
-        assert_eq!(kind(&visitor, &one), HandshakeKind::Resumed);
-        assert!(full(kind(&visitor, &bound)), "another binding");
+        assert!(!is_resumed(&visitor, &one));
+        assert!(is_resumed(&visitor, &other));
+        assert!(is_resumed(&visitor, &one));
+        assert!(!is_resumed(&visitor, &bound), "another binding");
         let stranger = client(&ca, None, &[]);
-        assert!(full(kind(&stranger, &none)));
-        assert!(full(kind(&stranger, &none)), "no tickets");
+        assert!(!is_resumed(&stranger, &none));
+        assert!(!is_resumed(&stranger, &none), "no tickets");
+    }
+
+    #[test]
+    fn a_session_goes_on_while_its_certificate_is_good() {
+        let ca = Ca::new("ca");
+        let issued = ca.below("below").issue(&["b.example"]);
+        let shown = octets(&issued.chain());
+        assert_eq!(shown.len(), 3);
+        let good = Arc::new(AtomicBool::new(true));
+        let check = {
+            let (shown, good) = (shown.clone(), good.clone());
+            move |chain: &[CertificateDer<'_>]| octets(chain) == shown && good.load(Ordering::Relaxed)
+        };
+        let server = listener(&ca, Arc::new(tickets(1, 1).with_check(check)));
+        let visitor = client(&ca, Some(&issued), &[]);
+        assert!(!is_resumed(&visitor, &server));
+        assert!(is_resumed(&visitor, &server), "rustls writes sessions in another way than they are read here");
+        let (_, resumed) = handshake(visitor.clone(), server.clone(), "a.example").unwrap();
+        assert_eq!(octets(resumed.peer_certificates().unwrap()), shown);
+
+        good.store(false, Ordering::Relaxed);
+        for _ in 0..2 {
+            let (_, full) = handshake(visitor.clone(), server.clone(), "a.example").unwrap();
+            assert_ne!(full.handshake_kind(), Some(HandshakeKind::Resumed));
+            assert_eq!(octets(full.peer_certificates().unwrap()), shown, "the client showed it again");
+        }
+        // Who has none is not asked about.
+        let nobody = client(&ca, None, &[]);
+        assert!(!is_resumed(&nobody, &server));
+        assert!(is_resumed(&nobody, &server));
+
+        good.store(true, Ordering::Relaxed);
+        assert!(is_resumed(&visitor, &server), "tickets of full handshakes");
+        let unchecked = listener(&ca, Arc::new(tickets(1, 1)));
+        assert!(is_resumed(&visitor, &unchecked));
+    }
+
+    /// Keeps the sessions that rustls writes.
+    #[derive(Debug, Default)]
+    struct Sessions(Mutex<Vec<Vec<u8>>>);
+
+    impl ProducesTickets for Sessions {
+        fn enabled(&self) -> bool {
+            true
+        }
+
+        fn lifetime(&self) -> u32 {
+            60
+        }
+
+        fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
+            self.0.lock().push(plain.to_vec());
+            Some(vec![0])
+        }
+
+        fn decrypt(&self, _: &[u8]) -> Option<Vec<u8>> {
+            None
+        }
+    }
+
+    #[test]
+    fn sessions_are_read_whole_or_not() {
+        let ca = Ca::new("ca");
+        let issued = ca.issue(&["b.example"]);
+        for identity in [Some(&issued), None] {
+            let sessions = Arc::new(Sessions::default());
+            handshake(client(&ca, identity, &[]), listener(&ca, sessions.clone()), "a.example").unwrap();
+            let session = sessions.0.lock().first().unwrap().clone();
+            let read = client_chain(&session).unwrap().map(|chain| octets(&chain));
+            assert_eq!(read, identity.map(|issued| octets(&issued.chain())));
+            for length in 0..session.len() {
+                assert!(client_chain(&session[..length]).is_err(), "{length}");
+            }
+            assert!(client_chain(&[&session[..], &[0]].concat()).is_err());
+        }
+
+        let written = |chain: &[u8]| [&[0, 3, 4, 0x13, 1, 1, 7, 0][..], chain, &[0; 1 + 2 + 8 + 4]].concat();
+        assert!(matches!(client_chain(&written(&[0])), Ok(None)));
+        let one = written(&[1, 0, 0, 4, 0, 0, 1, 9]);
+        assert_eq!(octets(&client_chain(&one).unwrap().unwrap()), [[9_u8]]);
+        for (chain, why) in [
+            (&[0; 0][..], "no flag"),
+            (&[2], "no flag"),
+            (&[1, 0, 0, 0], "nobody"),
+            (&[1, 0, 0, 4, 0, 0, 2, 9], "more than the list"),
+            (&[1, 0, 0, 5, 0, 0, 1, 9, 0], "something behind"),
+            (&[1, 0xff, 0xff, 0xff, 0, 0, 1, 9], "more than there is"),
+        ] {
+            assert!(client_chain(&written(chain)).is_err(), "{why}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_no_session() {
+        let (checked, unchecked) = (tickets(1, 1).with_check(|_| true), tickets(1, 1));
+        for garbage in [&b"session"[..], b"", &[0; 64], &[1; 64], &[0xff; 300]] {
+            let ticket = checked.encrypt(garbage).unwrap();
+            assert_eq!(checked.decrypt(&ticket), None);
+            assert_eq!(unchecked.decrypt(&ticket).as_deref(), Some(garbage));
+        }
+        assert!(format!("{checked:?}").contains("Check"));
     }
 }

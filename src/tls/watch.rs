@@ -5,8 +5,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 /// A set of files, and how they were found the last time. What counts is what a name leads to: a file has changed when
-/// another was renamed to its name, and when a symbolic link on the way points elsewhere (certbot's `live`, Kubernetes'
-/// `..data`). To look costs a call of stat(2) for each, which may wait for a disk.
+/// another was renamed to its name, when a symbolic link on the way points elsewhere (certbot's `live`, Kubernetes'
+/// `..data`), and when others may read it than before (chmod, chown). To look costs a call of stat(2) for each, which
+/// may wait for a disk.
 #[derive(Debug, Clone)]
 pub struct Watch {
     /// None: it is not there.
@@ -18,14 +19,22 @@ pub struct Watch {
 struct Stamp {
     device: u64,
     inode: u64,
-    /// Seconds and nanoseconds.
+    /// When its content changed: seconds and nanoseconds.
     modified: (i64, i64),
+    /// When it or what stat(2) says of it changed: a key that could not be read may be readable since.
+    changed: (i64, i64),
     size: u64,
 }
 
 fn stamp(file: &Path) -> Option<Stamp> {
     let of = std::fs::metadata(file).ok()?;
-    Some(Stamp { device: of.dev(), inode: of.ino(), modified: (of.mtime(), of.mtime_nsec()), size: of.size() })
+    Some(Stamp {
+        device: of.dev(),
+        inode: of.ino(),
+        modified: (of.mtime(), of.mtime_nsec()),
+        changed: (of.ctime(), of.ctime_nsec()),
+        size: of.size(),
+    })
 }
 
 impl Watch {
@@ -57,7 +66,8 @@ impl Watch {
 mod tests {
     use super::*;
     use std::fs;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::time::Duration;
 
     const NONE: [PathBuf; 0] = [];
 
@@ -83,6 +93,24 @@ mod tests {
         assert_eq!(watch.changed(), NONE, "once");
         fs::write(&a, "1").unwrap();
         assert_eq!(watch.changed(), [a]);
+    }
+
+    #[test]
+    fn made_readable() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = dir.path().join("key");
+        fs::write(&key, "1").unwrap();
+        let mut watch = Watch::new([&key]);
+        assert_eq!(watch.changed(), NONE);
+        for mode in [0o000, 0o600] {
+            // The clock that files are stamped by may stand still for a hundredth of a second.
+            std::thread::sleep(Duration::from_millis(30));
+            let modified = fs::metadata(&key).unwrap().modified().unwrap();
+            fs::set_permissions(&key, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(fs::metadata(&key).unwrap().modified().unwrap(), modified);
+            assert_eq!(watch.changed(), std::slice::from_ref(&key), "{mode:o}");
+            assert_eq!(watch.changed(), NONE, "once");
+        }
     }
 
     #[test]

@@ -71,6 +71,8 @@ struct State {
     observer: Arc<dyn Observer>,
     gate: Arc<Gate>,
     healthy: AtomicBool,
+    /// It is, or was last, ejected for answers that did not come.
+    out_for_answers: AtomicBool,
     /// Until when it is ejected; 0: it is not. A time that has passed: half open.
     out_until: AtomicU64,
     /// When it was last tried while half open; 0: not yet.
@@ -141,6 +143,7 @@ impl Member {
             clock,
             observer,
             gate: Gate::new(),
+            out_for_answers: AtomicBool::new(false),
             healthy: AtomicBool::new(true),
             out_until: AtomicU64::new(0),
             tried_at: AtomicU64::new(0),
@@ -369,6 +372,7 @@ impl State {
         let out_for = settings.eject_for.saturating_mul(times).min(settings.eject_max);
         standing.in_a_row = standing.in_a_row.saturating_add(1);
         standing.why = Some(why);
+        self.out_for_answers.store(matches!(why, Why::Failed), Ordering::Relaxed);
         standing.ejected_at = Some(now);
         let until = self.clock.at(now).saturating_add(nanos(out_for));
         self.unanswered.store(0, Ordering::Relaxed);
@@ -399,7 +403,10 @@ impl State {
     /// Whether a request has gone to it since the ejection was over, and may still be connecting.
     fn is_being_tried(&self, now: u64, settings: &Settings) -> bool {
         let tried = self.tried_at.load(Ordering::Relaxed);
-        tried != 0 && now < tried.saturating_add(nanos(settings.connect_timeout))
+        // One that was ejected for answers that did not come is tried for as long as an answer may take.
+        let for_answer =
+            if self.out_for_answers.load(Ordering::Relaxed) { settings.read_timeout } else { Duration::ZERO };
+        tried != 0 && now < tried.saturating_add(nanos(settings.connect_timeout + for_answer))
     }
 
     /// Whether a key is of the share that it has back.

@@ -557,7 +557,7 @@ async fn all_but(gateway: &Gateway, open: usize) {
 
 // === HTTP/2 ===
 
-/// Fifty control frames, and ten a second: ten resets.
+/// Fifty control frames, and ten a second: twenty-five resets.
 const FEW_FRAMES: &str = "[http2]\ncontrol_frames = \"10/s\"\ncontrol_burst = 50";
 
 async fn h2(gateway: &Gateway) -> Connection {

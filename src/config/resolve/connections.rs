@@ -7,7 +7,7 @@ use crate::limiter::gcra::Gcra;
 use toml::Spanned;
 
 impl Resolver<'_> {
-    pub(super) fn connections(&mut self, table: &file::Connections, ipv6_prefix: u8) -> Option<ConnectionLimits> {
+    pub(super) fn connections(&mut self, table: &file::Connections) -> Option<ConnectionLimits> {
         for (number, key) in [
             (&table.max, "max"),
             (&table.per_ip, "per_ip"),
@@ -27,7 +27,6 @@ impl Resolver<'_> {
             handshakes_per_ip,
             handshakes_at_once: *table.handshakes_at_once.get_ref(),
             exempt: self.networks(&table.exempt, "connections.exempt"),
-            ipv6_prefix,
         })
     }
 
@@ -38,6 +37,9 @@ impl Resolver<'_> {
         let size = table.max_header_list.get_ref().0;
         if !(1 << 10..=1 << 20).contains(&size) {
             self.wrong(&table.max_header_list, "http2.max_header_list", "1KiB to 1MiB");
+        }
+        if table.control_burst.get_ref().count < 16 {
+            self.wrong(&table.control_burst, "http2.control_burst", "16 is the least: every client sends some");
         }
         Some(Http2 {
             max_streams: *table.max_streams.get_ref(),

@@ -62,10 +62,8 @@ impl Resolver<'_> {
                 timeout: table.discovery_timeout.0,
                 allow_private: table.allow_private,
             },
-            roots: match &trusted.files.ca {
-                Roots::System => None,
-                Roots::Files(_) => Some(trusted.trust.certificates().iter().map(|der| der.to_vec()).collect()),
-            },
+            // The system's too: Pingora would have those of when it began.
+            roots: Some(trusted.trust.certificates().iter().map(|der| der.to_vec()).collect()),
             connect_timeout: table.connect_timeout.0,
             read_timeout: table.read_timeout.0,
         })

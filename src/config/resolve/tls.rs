@@ -11,10 +11,17 @@ use std::sync::Arc;
 use std::time::Duration;
 use toml::Spanned;
 
+/// Pingora passes 32 sockets on at most.
+const MOST_LISTENERS: usize = 30;
+
 impl Resolver<'_> {
     pub(super) fn listeners(&mut self, tables: &Spanned<Vec<file::Listener>>) -> Vec<Listener> {
         if tables.get_ref().is_empty() {
             self.wrong(tables, "listener", "at least one is needed");
+        }
+        // With those of egress and operators: as many as can be handed to a successor.
+        if tables.get_ref().len() > MOST_LISTENERS {
+            self.wrong(tables, "listener", format!("{MOST_LISTENERS} are the most"));
         }
         let mut listeners: Vec<Listener> = vec![];
         for (i, table) in tables.get_ref().iter().enumerate() {
@@ -101,9 +108,8 @@ impl Resolver<'_> {
             match files.load() {
                 Ok(certificate) => {
                     // A responder that is away is no reason not to start.
-                    let ended = certificate.ocsp_until().is_some_and(|until| until <= std::time::SystemTime::now());
-                    if let Some(ocsp) = table.ocsp.as_ref().filter(|_| ended) {
-                        let message = format!("{}: it has expired, and is not stapled", ocsp.get_ref().display());
+                    if let (Some(ocsp), Some(why)) = (&table.ocsp, certificate.ocsp_problem()) {
+                        let message = format!("{}: not stapled: {why}", ocsp.get_ref().display());
                         self.hint(ocsp, format!("certificate[{i}].ocsp"), message);
                     }
                     certificates.push((files, certificate));

@@ -163,20 +163,22 @@ impl Resolver<'_> {
                 return None;
             }
         };
-        if ServerName::try_from(name.as_str()).is_err() {
+        // Pingora takes a first label with an underscore for one with a hyphen, and so for another name.
+        if ServerName::try_from(name.as_str()).is_err()
+            || name.split('.').next().is_some_and(|first| first.contains('_'))
+        {
             self.wrong(address, key("tls.name"), format!("{name:?} is no name of a server"));
             return None;
         }
         let trusted = self.trusted(&table.ca, None, |_| key("tls.ca"))?;
         let identity =
             self.identity(table.certificate.as_ref(), table.key.as_ref(), |part| key(&format!("tls.{part}")))?;
-        let roots = match &trusted.files.ca {
-            Roots::System => None,
-            Roots::Files(files) => {
-                self.watched.extend(files.iter().cloned());
-                Some(trusted.trust.certificates().iter().map(|der| der.to_vec()).collect::<Vec<_>>())
-            }
-        };
+        match &trusted.files.ca {
+            Roots::System => {}
+            Roots::Files(files) => self.watched.extend(files.iter().cloned()),
+        }
+        // The system's too: Pingora would have those of when it began.
+        let roots = Some(trusted.trust.certificates().iter().map(|der| der.to_vec()).collect::<Vec<_>>());
         let mut client = match tls::client_config((**trusted.trust.roots()).clone(), identity.clone()) {
             Ok(client) => client,
             Err(e) => {
@@ -193,7 +195,6 @@ impl Resolver<'_> {
     }
 
     /// A certificate of ours that others are shown: both files, or none.
-    #[expect(clippy::option_option, reason = "none is wanted, or what is wanted cannot be had")]
     pub(super) fn identity(
         &mut self,
         chain: Option<&Spanned<PathBuf>>,
@@ -239,7 +240,9 @@ impl Resolver<'_> {
             if NOT_OURS.contains(&parsed.as_str()) {
                 self.wrong(name, key.as_str(), format!("{parsed} is the request's own"));
             }
-            if taken.contains(&parsed) {
+            // To some servers behind, underscores are hyphens.
+            let alike = |other: &HeaderName| other.as_str().replace('_', "-") == parsed.as_str().replace('_', "-");
+            if taken.iter().any(alike) {
                 self.wrong(name, key, format!("{parsed} says something else already"));
             }
             taken.push(parsed.clone());
