@@ -138,7 +138,7 @@ impl RequestContext {
         let request = session.req_header();
         self.http = if request.version == http::Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" };
         self.method = method_label(&request.method);
-        self.trace = Trace::of(&request.headers, &self.id);
+        self.trace = Trace::of(&request.headers);
     }
 
     /// Limits have let it pass.
@@ -231,7 +231,7 @@ impl RequestContext {
             gateway_us: self.gateway_took.map(micros).unwrap_or_default(),
             ds_us: self.ds_took.map(micros),
             node: self.node.as_ref().map(|node| node.label()),
-            trace_id: Some(self.trace.id()).filter(|id| !id.is_empty()),
+            trace_id: Some(self.trace.id(&self.id)),
         });
     }
 }

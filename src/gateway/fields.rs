@@ -10,6 +10,7 @@ use base64::prelude::BASE64_STANDARD;
 use http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
 use pingora_http::RequestHeader;
 use rustls::pki_types::CertificateDer;
+use std::borrow::Cow;
 use std::net::IpAddr;
 
 /// What is learnt.
@@ -29,44 +30,49 @@ pub(super) struct Learned<'a> {
     pub(super) trace: &'a Trace,
 }
 
-/// `traceparent` (W3C Trace Context §3.2), version 00: 55 octets of ASCII.
+/// `traceparent` (W3C Trace Context §3.2), version 00: the request's own, 55 octets of ASCII, where it is one that can be passed
+/// on. Else one is begun here, whose trace ID is the request's ID.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Trace(String);
+pub(super) struct Trace(Option<String>);
 
 impl Trace {
-    /// The request's own, where it is one that can be passed on; else one begun here, whose trace ID is the request's ID.
-    pub(super) fn of(headers: &HeaderMap, id: &str) -> Self {
+    /// That of a request with these fields.
+    pub(super) fn of(headers: &HeaderMap) -> Self {
         let mut came = headers.get_all("traceparent").iter();
-        if let (Some(one), None) = (came.next(), came.next())
-            && let Some(trace) = one.to_str().ok().and_then(Self::parse)
-        {
-            return trace;
+        match (came.next(), came.next()) {
+            (Some(one), None) => Self(one.to_str().ok().filter(|text| is_traceparent(text)).map(str::to_owned)),
+            _ => Self(None),
         }
-        // An ID is 32 hexadecimal digits, of which the last 16 are random. Nobody has said that it is sampled.
-        let parent = id.get(16..32).unwrap_or("0000000000000001");
-        Self(format!("00-{id}-{parent}-00"))
     }
 
-    fn parse(text: &str) -> Option<Self> {
-        let hex = |part: &str, digits: usize| {
-            part.len() == digits && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-        };
-        let mut parts = text.split('-');
-        let (version, trace, parent, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-        let fits = parts.next().is_none()
-            && version == "00"
-            && hex(trace, 32)
-            && hex(parent, 16)
-            && hex(flags, 2)
-            && trace.bytes().any(|b| b != b'0')
-            && parent.bytes().any(|b| b != b'0');
-        fits.then(|| Self(text.to_owned()))
+    /// The trace's ID, 32 hexadecimal digits; `id` is the request's.
+    pub(super) fn id<'a>(&'a self, id: &'a str) -> &'a str {
+        self.0.as_ref().map_or(id, |theirs| theirs.get(3..35).unwrap_or_default())
     }
 
-    /// The trace's ID, 32 hexadecimal digits.
-    pub(super) fn id(&self) -> &str {
-        self.0.get(3..35).unwrap_or_default()
+    /// The field.
+    fn field(&self, id: &str) -> Cow<'_, str> {
+        match &self.0 {
+            Some(theirs) => Cow::Borrowed(theirs),
+            // An ID is 32 hexadecimal digits, of which the last 16 are random. Nobody has said that it is sampled.
+            None => Cow::Owned(format!("00-{id}-{}-00", id.get(16..32).unwrap_or("0000000000000001"))),
+        }
     }
+}
+
+fn is_traceparent(text: &str) -> bool {
+    let hex = |part: &str, digits: usize| {
+        part.len() == digits && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    };
+    let is_some = |part: &str| part.bytes().any(|b| b != b'0');
+    let mut parts = text.split('-');
+    let (Some(version), Some(trace), Some(parent), Some(flags), None) =
+        (parts.next(), parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return false;
+    };
+    let fits = version == "00" && hex(trace, 32) && hex(parent, 16) && hex(flags, 2);
+    fits && is_some(trace) && is_some(parent)
 }
 
 /// Whether a field from outside says what only the gateway may say. Underscores are hyphens to some servers behind.
@@ -90,7 +96,9 @@ pub(super) fn is_ours_to_say(name: &HeaderName, fields: &Fields) -> bool {
         NAMES.contains(&name)
             || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
             || fields.names().any(|ours| {
-                ours.as_str() == name || (ours.as_str().contains('_') && ours.as_str().replace('_', "-") == name)
+                let ours = ours.as_str();
+                let same = |(a, b): (u8, u8)| a == b || (a == b'_' && b == b'-');
+                ours.len() == name.len() && ours.bytes().zip(name.bytes()).all(same)
             })
     };
     match name.as_str() {
@@ -169,7 +177,7 @@ pub(super) fn set(
         request.insert_header(name.clone(), learned.id)?;
     }
     if let Some(name) = &fields.traceparent {
-        request.insert_header(name.clone(), learned.trace.0.as_str())?;
+        request.insert_header(name.clone(), learned.trace.field(learned.id).as_ref())?;
     }
     Ok(())
 }
@@ -221,7 +229,7 @@ mod tests {
 
     #[test]
     fn only_the_gateway_says_who_sends() {
-        let trace = Trace::of(&HeaderMap::new(), ID);
+        let trace = Trace::of(&HeaderMap::new());
         let chain = [CertificateDer::from(vec![1, 2, 3]), CertificateDer::from(vec![4]), CertificateDer::from(vec![5])];
         let learned = Learned {
             client: Some("2001:db8::1".parse().unwrap()),
@@ -274,12 +282,12 @@ mod tests {
             values.iter().for_each(|value| {
                 headers.append("traceparent", value.parse().unwrap());
             });
-            Trace::of(&headers, ID)
+            Trace::of(&headers)
         };
         let theirs = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-        assert_eq!(of(&[theirs]), Trace(theirs.into()));
-        assert_eq!(of(&[theirs]).id(), "4bf92f3577b34da6a3ce929d0e0e4736");
-        let begun = Trace(format!("00-{ID}-8fa1b2c3d4e5f601-00"));
+        assert_eq!(of(&[theirs]).field(ID), theirs);
+        assert_eq!(of(&[theirs]).id(ID), "4bf92f3577b34da6a3ce929d0e0e4736");
+        let begun = format!("00-{ID}-8fa1b2c3d4e5f601-00");
         for bad in [
             &[][..],
             &[theirs, theirs],
@@ -291,7 +299,7 @@ mod tests {
             &["00-4bf92f3577b34da6a3ce929d0e0e473-00f067aa0ba902b7-01"],
             &[""],
         ] {
-            assert_eq!(of(bad), begun, "{bad:?}");
+            assert_eq!((of(bad).field(ID).as_ref(), of(bad).id(ID)), (begun.as_str(), ID), "{bad:?}");
         }
     }
 }

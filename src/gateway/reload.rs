@@ -260,7 +260,6 @@ impl Reloader {
         if cut > 0 {
             tracing::info!(connections = cut, "ended: their peers are not admitted any more");
         }
-        self.say_expiries();
     }
 
     /// Watches the files of what is in use from now on. One that has changed since it was read is not missed: all are read once
@@ -279,6 +278,7 @@ impl Reloader {
             tracing::debug!("{why}");
         }
         self.begin(again);
+        self.say_expiries();
     }
 
     /// Looks at the files, and takes those that have changed.
@@ -319,6 +319,7 @@ impl Reloader {
             self.pending.extend(changed.iter().cloned());
         }
         self.begin(live);
+        self.say_expiries();
     }
 
     /// Files of nodes, egress or tickets have changed: the configuration in use is resolved again, from its text as it was read.

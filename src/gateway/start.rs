@@ -170,7 +170,8 @@ fn say_ready(admin: SocketAddr) {
     while std::net::TcpStream::connect_timeout(&at, Duration::from_secs(1)).is_err() && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(10));
     }
-    let _ = sd_notify::notify(&[NotifyState::MainPid(std::process::id()), NotifyState::Ready]);
+    let status = NotifyState::Status("generation 1 of the configuration");
+    let _ = sd_notify::notify(&[NotifyState::MainPid(std::process::id()), NotifyState::Ready, status]);
     tracing::info!("ready");
 }
 
