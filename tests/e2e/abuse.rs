@@ -203,6 +203,35 @@ async fn handshakes_in_flight() {
 }
 
 #[tokio::test]
+async fn one_address_does_not_hold_up_the_handshakes_of_others() {
+    let ds = Ds::start().await;
+    let setup = Setup::of(&ds).with("[connections]\nhandshakes_at_once = 64");
+    let gateway = started(Setup { timeouts: "tls_handshake = \"10s\"", ..setup }).await;
+    let mut silent = vec![];
+    for _ in 0..20 {
+        silent.push(connect_from(ip(11), &gateway).await.unwrap());
+    }
+    // A share of one address is a sixteenth, or eight.
+    gateway.until_metric(&series("handshakes-at-once"), |n| n == 12.0).await;
+    is_let_in(ip(12), &gateway).await;
+    assert!(Visit::from(ip(11), &gateway).await.is_err(), "it has its share");
+}
+
+#[tokio::test]
+async fn strangers_leave_room_for_those_who_show_a_certificate() {
+    let ds = Ds::start().await;
+    let gateway = started(Setup::of(&ds).with("[connections]\nmax = 8")).await;
+    let mut open = vec![];
+    for _ in 0..6 {
+        open.push(is_let_in(ip(11), &gateway).await);
+    }
+    assert!(Visit::from(ip(12), &gateway).await.is_err(), "three quarters are theirs");
+    assert_eq!(refused(&gateway, "max").await, 1.0);
+    let peer = gateway.peer();
+    assert_eq!(peer.send(Method::POST, "/group_operation", send_message()).await.unwrap().status, 200);
+}
+
+#[tokio::test]
 async fn a_handshake_has_its_time() {
     let ds = Ds::start().await;
     let gateway = started(Setup { timeouts: HANDSHAKE, ..Setup::of(&ds) }).await;

@@ -539,6 +539,31 @@ async fn a_peer_that_is_allowed_no_more_loses_its_connections() {
 }
 
 #[tokio::test]
+async fn who_shows_no_certificate_loses_its_connection_where_one_is_required_from_now_on() {
+    let ds = Ds::start().await;
+    let mut gateway = Gateway::start(Setup::of(&ds)).await;
+    let a = a_example();
+    let mut stranger = Open::new(gateway.addr, &resuming(None).0).await.unwrap();
+    assert_eq!(stranger.ask("e.example").await.unwrap(), 200);
+    let mut peer = Open::served(gateway.addr, &a, "a.example").await;
+    gateway.reload("ok", |setup| setup.client_certificates = "required").await;
+    stranger.ends().await;
+    assert_eq!(peer.ask("a.example").await.unwrap(), 200);
+    assert_eq!(gateway.metric(CUT).await, 1.0);
+}
+
+#[tokio::test]
+async fn a_connection_ends_with_its_certificate() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    let short = ca().issue_with(&["a.example"], |params| params.not_after = now(2));
+    let mut open = Open::served(gateway.addr, &short, "a.example").await;
+    open.ends().await;
+    assert!(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64 >= short.not_after());
+    assert_eq!(gateway.metric(CUT).await, 1.0);
+}
+
+#[tokio::test]
 async fn a_peer_that_is_denied_loses_its_connections() {
     let ds = Ds::start().await;
     let mut gateway = Gateway::start(Setup { delivery: PATIENT, ..Setup::of(&ds) }).await;
