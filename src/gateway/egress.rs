@@ -9,7 +9,7 @@ use super::door::{Requests, client_of};
 use super::forward::{self, Body};
 use super::live::{Live, LiveEgress};
 use super::stream::{Connection, FederationStream};
-use super::{Shared, connection_of, door, peek};
+use super::{Shared, answer, connection_of, door, peek};
 use crate::dialect::{self, Endpoint};
 use crate::egress::{Error as Undiscovered, Found};
 use crate::problem::Refusal;
@@ -115,15 +115,7 @@ impl Outgoing {
 
 /// The provider that an authority names, in lower case.
 fn named(request: &RequestHeader) -> std::result::Result<String, Refusal> {
-    let mut hosts = request.headers.get_all(header::HOST).iter();
-    let host = match (request.uri.authority(), hosts.next()) {
-        (Some(authority), _) => authority.as_str(),
-        (None, Some(host)) => host.to_str().map_err(|_| Refusal::Misdirected("Host"))?,
-        (None, None) => return Err(Refusal::BadHttp("the request has no Host")),
-    };
-    if hosts.next().is_some() {
-        return Err(Refusal::BadHttp("the request has two Host fields"));
-    }
+    let host = answer::authority(request)?;
     let host = match host.rsplit_once(':') {
         Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
         _ => host,
@@ -222,39 +214,19 @@ impl Egress {
 
     async fn refuse(&self, session: &mut Session, ctx: &mut Outgoing, refusal: &Refusal) -> Result<()> {
         ctx.refused = Some(refusal.reason());
-        let document = Bytes::from(refusal.document());
-        let mut response = ResponseHeader::build(refusal.status(), Some(8))?;
-        for (name, value) in refusal.headers() {
-            response.append_header(name, value)?;
-        }
-        response.insert_header(header::CONTENT_TYPE, "application/problem+json")?;
+        let (response, document) = answer::refusal(refusal)?;
         ctx.broken |= refusal.closes();
         self.answer(session, ctx, response, document).await
     }
 
-    async fn answer(
-        &self,
-        session: &mut Session,
-        ctx: &Outgoing,
-        mut response: ResponseHeader,
-        body: Bytes,
-    ) -> Result<()> {
-        response.insert_header(header::CONTENT_LENGTH, body.len())?;
-        let cut_short = ctx.broken || !session.as_mut().is_body_done();
-        if cut_short && let Some(connection) = &ctx.connection {
-            connection.linger();
-        }
-        if cut_short || self.0.draining.load(Ordering::Relaxed) {
-            session.set_keepalive(None);
-        }
-        let write = async {
-            session.write_response_header(Box::new(response), false).await?;
-            session.write_response_body(Some(body), true).await
+    async fn answer(&self, session: &mut Session, ctx: &Outgoing, response: ResponseHeader, body: Bytes) -> Result<()> {
+        let how = answer::How {
+            connection: ctx.connection.as_deref(),
+            broken: ctx.broken,
+            draining: self.0.draining.load(Ordering::Relaxed),
+            within: ctx.live.timeouts.body_total,
         };
-        match tokio::time::timeout(ctx.live.timeouts.body_total, write).await {
-            Ok(written) => written,
-            Err(_) => Error::e_explain(ErrorType::WriteTimedout, "the node does not read").map_err(Error::into_down),
-        }
+        answer::write(session, how, response, body).await
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod account;
 mod admin;
+mod answer;
 mod connections;
 mod door;
 mod egress;
@@ -95,15 +96,7 @@ fn passes(verdict: Verdict) -> std::result::Result<bool, Refusal> {
 
 /// Host (`:authority`) and SNI are ours, the port aside.
 fn check_host(live: &Live, request: &RequestHeader, connection: &Connection) -> std::result::Result<(), Refusal> {
-    let mut hosts = request.headers.get_all(header::HOST).iter();
-    let host = match (request.uri.authority(), hosts.next()) {
-        (Some(authority), _) => authority.as_str(),
-        (None, Some(host)) => host.to_str().map_err(|_| Refusal::Misdirected("Host"))?,
-        (None, None) => return Err(Refusal::BadHttp("the request has no Host")),
-    };
-    if hosts.next().is_some() {
-        return Err(Refusal::BadHttp("the request has two Host fields"));
-    }
+    let host = answer::authority(request)?;
     if !live.provider.is_authority(host) {
         return Err(Refusal::Misdirected("Host"));
     }
@@ -320,19 +313,11 @@ impl Gateway {
         ctx.tickets.clear();
         ctx.token = None;
         ctx.refused = Some((status, refusal.reason(), limits));
-        let document = Bytes::from(refusal.document());
-        let mut response = ResponseHeader::build(status, Some(8))?;
-        for (name, value) in refusal.headers() {
-            response.append_header(name, value)?;
-        }
-        response.insert_header(header::CONTENT_TYPE, "application/problem+json")?;
-        response.insert_header(header::CONTENT_LENGTH, document.len())?;
+        let (response, document) = answer::refusal(refusal)?;
         ctx.broken |= refusal.closes();
         self.answer(session, ctx, response, document).await
     }
 
-    /// Writes an answer of the gateway's own, within a time: a client that does not read is not waited for. Where octets of
-    /// the request are still to come, or cannot be told from the next one's, the connection ends with it.
     async fn answer(
         &self,
         session: &mut Session,
@@ -340,21 +325,13 @@ impl Gateway {
         response: ResponseHeader,
         body: Bytes,
     ) -> Result<()> {
-        let cut_short = ctx.broken || !session.as_mut().is_body_done();
-        if cut_short && let Some(connection) = &ctx.connection {
-            connection.linger();
-        }
-        if cut_short || self.0.draining.load(Ordering::Relaxed) {
-            session.set_keepalive(None);
-        }
-        let write = async {
-            session.write_response_header(Box::new(response), false).await?;
-            session.write_response_body(Some(body), true).await
+        let how = answer::How {
+            connection: ctx.connection.as_deref(),
+            broken: ctx.broken,
+            draining: self.0.draining.load(Ordering::Relaxed),
+            within: ctx.live.timeouts.body_total,
         };
-        match tokio::time::timeout(ctx.live.timeouts.body_total, write).await {
-            Ok(written) => written,
-            Err(_) => Error::e_explain(ErrorType::WriteTimedout, "the client does not read").map_err(Error::into_down),
-        }
+        answer::write(session, how, response, body).await
     }
 
     /// `/.well-known/mimi/ds-domain`.
@@ -364,7 +341,6 @@ impl Gateway {
         let domain = Bytes::from(ctx.live.provider.ds_domain.clone());
         let mut response = ResponseHeader::build(StatusCode::OK, Some(3))?;
         response.insert_header(header::CONTENT_TYPE, "text/plain")?;
-        response.insert_header(header::CONTENT_LENGTH, domain.len())?;
         response.insert_header(header::CACHE_CONTROL, "max-age=3600")?;
         self.answer(session, ctx, response, domain).await
     }
