@@ -16,7 +16,7 @@ pub use policy::{Concurrency, KeyParts, Limit, Policy, Scope, TokenUse, Unit};
 
 use crate::dialect::{self, Member, Operation};
 use crate::limiter::in_flight::Ticket;
-use crate::limiter::{Ask, Check, Decided, Limiter, Outcome, Outcomes, TopUp, gcra::Gcra};
+use crate::limiter::{Ask, Check, Decided, Key, Limiter, Outcome, Outcomes, TopUp, gcra::Gcra};
 use crate::problem::Violated;
 use keys::{Hasher, Mix, Salt};
 use smallvec::SmallVec;
@@ -155,6 +155,12 @@ impl std::fmt::Debug for Admission {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Admission").field("policy", &self.policy).finish_non_exhaustive()
     }
+}
+
+/// A check of this node's own, outside of all limits.
+fn own_check(key: Key, gcra: Gcra, overflow: Key) -> Check {
+    let on_failure = Default::default();
+    Check { key, gcra, cost: 1, enforce: true, exempt: false, on_failure, overflow, top_up: None }
 }
 
 // === impl Admission ===
@@ -389,16 +395,7 @@ impl Admission {
     /// The limit it exceeds.
     pub fn token_attempt(&self, ip: IpAddr, charge: bool) -> Result<(), Violated> {
         let Some(gcra) = Gcra::new(BAD_TOKENS, Duration::from_secs(60), BAD_TOKENS) else { return Ok(()) };
-        let check = Check {
-            key: self.hasher.source_key(ip),
-            gcra,
-            cost: 1,
-            enforce: true,
-            exempt: false,
-            on_failure: Default::default(),
-            overflow: self.hasher.bad_tokens(),
-            top_up: None,
-        };
+        let check = own_check(self.hasher.source_key(ip), gcra, self.hasher.bad_tokens());
         let mut outcomes = Outcomes::new();
         if self.limiter.decide_here(&Ask { charge, ..Ask::of(&[check]) }, &mut outcomes) {
             return Ok(());
@@ -412,16 +409,7 @@ impl Admission {
 
     /// Whether a source may begin another handshake, and that it does. This node's own count, wherever limits are kept.
     pub fn handshake(&self, ip: IpAddr, gcra: Gcra) -> bool {
-        let check = Check {
-            key: self.hasher.handshake_key(ip),
-            gcra,
-            cost: 1,
-            enforce: true,
-            exempt: false,
-            on_failure: Default::default(),
-            overflow: self.hasher.handshakes(),
-            top_up: None,
-        };
+        let check = own_check(self.hasher.handshake_key(ip), gcra, self.hasher.handshakes());
         self.limiter.decide_here(&Ask { charge: true, ..Ask::of(&[check]) }, &mut Outcomes::new())
     }
 

@@ -73,6 +73,14 @@ pub struct Config {
     pub hints: Vec<Error>,
 }
 
+/// The host of an authority, without its port.
+pub fn host_of(authority: &str) -> &str {
+    match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
+        _ => authority,
+    }
+}
+
 /// The names of a provider, in lower case.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Provider {
@@ -90,10 +98,7 @@ impl Provider {
 
     /// Whether an authority (`Host`, `:authority`) is ours, its port aside.
     pub fn is_authority(&self, authority: &str) -> bool {
-        match authority.rsplit_once(':') {
-            Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => self.is_host(host),
-            _ => self.is_host(authority),
-        }
+        self.is_host(host_of(authority))
     }
 
     /// Whether a Host or an SNI is ours.
@@ -222,8 +227,8 @@ pub struct Egress {
     pub clients: Option<(Trusted, Vec<String>)>,
     /// How other providers are found, and what is shown to them.
     pub discovery: egress::Settings,
-    /// The roots that others' servers chain to, as DER. None: the system's.
-    pub roots: Option<Vec<Vec<u8>>>,
+    /// The roots that others' servers chain to, as DER.
+    pub roots: Vec<Vec<u8>>,
     /// For a connection.
     pub connect_timeout: Duration,
     /// Between two reads of an answer.

@@ -9,7 +9,8 @@ use super::door::{Requests, client_of};
 use super::forward::{self, Body};
 use super::live::{Live, LiveEgress};
 use super::stream::{Connection, FederationStream};
-use super::{Shared, answer, connection_of, door, peek};
+use super::{Shared, answer, door, head_is_in, peek};
+use crate::config::host_of;
 use crate::dialect::{self, Endpoint};
 use crate::egress::{Error as Undiscovered, Found};
 use crate::problem::Refusal;
@@ -22,7 +23,7 @@ use pingora_core::apps::{HttpServerApp as _, ServerApp};
 use pingora_core::modules::http::HttpModules;
 use pingora_core::protocols::{Digest, Stream};
 use pingora_core::server::ShutdownWatch;
-use pingora_core::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
+use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, HttpProxy, ProxyHttp, Session};
@@ -115,12 +116,7 @@ impl Outgoing {
 
 /// The provider that an authority names, in lower case.
 fn named(request: &RequestHeader) -> std::result::Result<String, Refusal> {
-    let host = answer::authority(request)?;
-    let host = match host.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
-        _ => host,
-    };
-    match ProviderName::from_bytes(host.as_bytes()) {
+    match ProviderName::from_bytes(host_of(answer::authority(request)?).as_bytes()) {
         Ok(name) => Ok(name.to_string()),
         Err(_) => Err(Refusal::Undiscovered("Host names no provider")),
     }
@@ -185,18 +181,9 @@ impl Egress {
         connection: &Connection,
     ) -> std::result::Result<(), Refusal> {
         let live = ctx.live.clone();
-        peek::check_content(session.req_header())?;
-        let bound = live.max_body.iter().find(|(name, _)| *name == endpoint.name);
-        ctx.body = Body::new(bound.map_or(endpoint.max_body, |(_, bound)| *bound), live.timeouts.body_total);
-        if peek::content_length(session.req_header()).is_some_and(|length| length > ctx.body.bound()) {
-            return Err(Refusal::TooLarge);
-        }
-        session.set_read_timeout(Some(live.timeouts.body_idle));
-        let mut held = peek::Held::default();
-        connection.hold(true);
-        let read = peek::peek(session, endpoint, &mut held, &live.timeouts, &mut ctx.waited).await;
-        connection.hold(false);
-        read.map_err(|stop| {
+        ctx.body = peek::body(session.req_header(), endpoint, &live)?;
+        let read = peek::peek(session, endpoint, connection, &live.timeouts, &mut ctx.waited).await;
+        let held = read.map_err(|stop| {
             ctx.broken = stop.broken;
             stop.refusal
         })?;
@@ -265,14 +252,7 @@ impl ProxyHttp for Egress {
     }
 
     async fn early_request_filter(&self, session: &mut Session, ctx: &mut Outgoing) -> Result<()> {
-        ctx.connection = session.digest().and_then(connection_of).cloned();
-        if let Some(connection) = &ctx.connection {
-            connection.head_is_in();
-        }
-        if session.get_keepalive().is_some() {
-            session.set_keepalive(Some(ctx.live.timeouts.keepalive.as_secs().max(1)));
-        }
-        session.set_write_timeout(Some(ctx.live.timeouts.body_total));
+        ctx.connection = head_is_in(session, &ctx.live);
         Ok(())
     }
 
@@ -308,16 +288,16 @@ impl ProxyHttp for Egress {
         peer.client_cert_key = egress.client_certificate.clone();
         peer.group_key = egress.digest;
         let options = &mut peer.options;
-        options.ca = egress.roots.clone();
+        options.ca = Some(egress.roots.clone());
         options.set_http_version(2, 1);
         options.max_h2_streams = 100;
-        options.connection_timeout = Some(egress.settings.connect_timeout);
-        options.total_connection_timeout = Some(egress.settings.connect_timeout);
-        let for_body = if session.as_mut().is_body_done() { Duration::ZERO } else { ctx.live.timeouts.body_total };
-        options.read_timeout = Some(egress.settings.read_timeout + for_body);
-        options.write_timeout = Some(egress.settings.read_timeout);
-        options.idle_timeout = Some(ctx.live.timeouts.keepalive);
-        options.http_upstream_request_policy = HttpUpstreamRequestPolicy::deny_upgrades();
+        let times = forward::Times {
+            connect: egress.settings.connect_timeout,
+            read: egress.settings.read_timeout,
+            write: egress.settings.read_timeout,
+            keepalive: ctx.live.timeouts.keepalive,
+        };
+        forward::set_options(options, &times, &ctx.live.timeouts, session.as_mut().is_body_done());
         Ok(Box::new(peer))
     }
 

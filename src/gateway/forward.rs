@@ -5,7 +5,7 @@ use crate::problem::Refusal;
 use crate::upstream::{Member, NodeTls, Settings, Target};
 use arc_swap::ArcSwap;
 use pingora_core::protocols::tls::CaType;
-use pingora_core::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
+use pingora_core::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy, PeerOptions};
 use pingora_core::utils::tls::{CertKey, WrappedX509, parse_x509};
 use pingora_core::{Error, ErrorType, Result};
 use siphasher::sip128::SipHasher24;
@@ -72,7 +72,7 @@ impl Body {
 pub(super) struct NodeTlsForms(ArcSwap<HashMap<u64, Arc<NodeTlsForm>>>);
 
 struct NodeTlsForm {
-    roots: Option<Arc<CaType>>,
+    roots: Arc<CaType>,
     identity: Option<Arc<CertKey>>,
 }
 
@@ -100,7 +100,7 @@ impl NodeTlsForms {
             return Ok(form.clone());
         }
         let form = Arc::new(NodeTlsForm {
-            roots: tls.roots.as_deref().map(roots).transpose()?,
+            roots: roots(&tls.roots)?,
             identity: tls.identity.as_ref().map(|(chain, key)| identity(chain, key)).transpose()?,
         });
         self.0.rcu(|forms| {
@@ -110,6 +110,26 @@ impl NodeTlsForms {
         });
         Ok(form)
     }
+}
+
+/// How long things may take on the other side.
+pub(super) struct Times {
+    pub(super) connect: Duration,
+    pub(super) read: Duration,
+    pub(super) write: Duration,
+    pub(super) keepalive: Duration,
+}
+
+/// What holds for whomever a request goes to.
+pub(super) fn set_options(options: &mut PeerOptions, times: &Times, timeouts: &Timeouts, body_is_in: bool) {
+    options.connection_timeout = Some(times.connect);
+    options.total_connection_timeout = Some(times.connect);
+    // Pingora's clock for the answer runs while the body still comes, so it must leave the body its time.
+    let for_body = if body_is_in { Duration::ZERO } else { timeouts.body_total };
+    options.read_timeout = Some(times.read + for_body);
+    options.write_timeout = Some(times.write);
+    options.idle_timeout = Some(times.keepalive);
+    options.http_upstream_request_policy = HttpUpstreamRequestPolicy::deny_upgrades();
 }
 
 /// A node, as Pingora connects to it.
@@ -129,17 +149,16 @@ pub(super) fn peer(
         let form = forms.of(tls)?;
         peer.group_key = tls.digest;
         peer.client_cert_key = form.identity.clone();
-        peer.options.ca = form.roots.clone();
+        peer.options.ca = Some(form.roots.clone());
     }
     let options = &mut peer.options;
-    options.connection_timeout = Some(settings.connect_timeout);
-    options.total_connection_timeout = Some(settings.connect_timeout);
-    // Pingora's clock for the answer runs while the body still comes, so it must leave the body its time.
-    let for_body = if body_is_in { Duration::ZERO } else { timeouts.body_total };
-    options.read_timeout = Some(settings.read_timeout + for_body);
-    options.write_timeout = Some(settings.write_timeout);
-    options.idle_timeout = Some(settings.keepalive);
-    options.http_upstream_request_policy = HttpUpstreamRequestPolicy::deny_upgrades();
+    let times = Times {
+        connect: settings.connect_timeout,
+        read: settings.read_timeout,
+        write: settings.write_timeout,
+        keepalive: settings.keepalive,
+    };
+    set_options(options, &times, timeouts, body_is_in);
     if node.http2 {
         options.set_http_version(2, 2);
         options.max_h2_streams = 100;

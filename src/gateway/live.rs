@@ -78,7 +78,7 @@ pub(super) struct LiveEgress {
     /// Stands for what other providers are shown and trusted by: connections made with another are not used again.
     pub(super) digest: u64,
     pub(super) client_certificate: Option<Arc<pingora_core::utils::tls::CertKey>>,
-    pub(super) roots: Option<Arc<pingora_core::protocols::tls::CaType>>,
+    pub(super) roots: Arc<pingora_core::protocols::tls::CaType>,
 }
 
 // === impl Tls ===
@@ -306,7 +306,7 @@ impl LiveEgress {
             let chain: Vec<Vec<u8>> = identity.chain().iter().map(|der| der.to_vec()).collect();
             (chain, identity.key_der().to_vec())
         });
-        let roots = settings.roots.as_deref();
+        let roots = &settings.roots;
         let mut hasher = SipHasher24::new();
         (&shown, roots).hash(&mut hasher);
         let (digest, discovery) = (hasher.finish(), &settings.discovery);
@@ -326,7 +326,7 @@ impl LiveEgress {
             tls,
             digest,
             client_certificate: shown.as_ref().map(|(chain, key)| forward::identity(chain, key)).transpose()?,
-            roots: roots.map(forward::roots).transpose()?,
+            roots: forward::roots(roots)?,
             settings: settings.clone(),
         })))
     }

@@ -81,6 +81,20 @@ fn connection_of(digest: &Digest) -> Option<&Arc<Connection>> {
     digest.proxy_digest.as_ref()?.user_data.as_ref()?.downcast_ref()
 }
 
+/// The head of a request is in: what holds for the rest of it, and the connection that it is on.
+fn head_is_in(session: &mut Session, live: &Live) -> Option<Arc<Connection>> {
+    let connection = session.digest().and_then(connection_of).cloned();
+    if let Some(connection) = &connection {
+        connection.head_is_in();
+    }
+    // Where Pingora has decided against another request on this connection, it has its reasons.
+    if session.get_keepalive().is_some() {
+        session.set_keepalive(Some(live.timeouts.keepalive.as_secs().max(1)));
+    }
+    session.set_write_timeout(Some(live.timeouts.body_total));
+    connection
+}
+
 fn limited(violated: Vec<Violated>) -> Refusal {
     Refusal::Limited { violated, challenge: None }
 }
@@ -148,21 +162,11 @@ impl Gateway {
             return admitted;
         }
 
-        peek::check_content(session.req_header())?;
-        let bound = live.max_body.iter().find(|(name, _)| *name == endpoint.name);
-        ctx.body = forward::Body::new(bound.map_or(endpoint.max_body, |(_, bound)| *bound), live.timeouts.body_total);
-        if peek::content_length(session.req_header()).is_some_and(|length| length > ctx.body.bound()) {
-            return Err(Refusal::TooLarge);
-        }
+        ctx.body = peek::body(session.req_header(), endpoint, &live)?;
 
         // peek
-        let timeouts = &live.timeouts;
-        session.set_read_timeout(Some(timeouts.body_idle));
-        let mut held = peek::Held::default();
-        connection.hold(true);
-        let read = peek::peek(session, endpoint, &mut held, timeouts, &mut ctx.waited).await;
-        connection.hold(false);
-        read.map_err(|stop| {
+        let read = peek::peek(session, endpoint, &connection, &live.timeouts, &mut ctx.waited).await;
+        let held = read.map_err(|stop| {
             ctx.broken = stop.broken;
             stop.refusal
         })?;
@@ -360,15 +364,7 @@ impl ProxyHttp for Gateway {
 
     async fn early_request_filter(&self, session: &mut Session, ctx: &mut RequestContext) -> Result<()> {
         ctx.begin(session);
-        ctx.connection = session.digest().and_then(connection_of).cloned();
-        if let Some(connection) = &ctx.connection {
-            connection.head_is_in();
-        }
-        // Where Pingora has decided against another request on this connection, it has its reasons.
-        if session.get_keepalive().is_some() {
-            session.set_keepalive(Some(ctx.live.timeouts.keepalive.as_secs().max(1)));
-        }
-        session.set_write_timeout(Some(ctx.live.timeouts.body_total));
+        ctx.connection = head_is_in(session, &ctx.live);
         Ok(())
     }
 

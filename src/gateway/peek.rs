@@ -1,5 +1,8 @@
 //! Peek: reading just enough of a body to decide, within its time and within what may be held.
 
+use super::forward::Body;
+use super::live::Live;
+use super::stream::Connection;
 use crate::config::Timeouts;
 use crate::dialect::Endpoint;
 use crate::problem::Refusal;
@@ -41,7 +44,7 @@ impl Held {
 }
 
 /// A body must be octets as they are: a coding would let the Delivery Service read others than the gateway did.
-pub(super) fn check_content(request: &RequestHeader) -> Result<(), Refusal> {
+fn check_content(request: &RequestHeader) -> Result<(), Refusal> {
     let mut types = request.headers.get_all(header::CONTENT_TYPE).iter();
     let (Some(content_type), None) = (types.next(), types.next()) else { return Err(Refusal::WrongContentType) };
     let essence = content_type.as_bytes().split(|b| *b == b';').next().unwrap_or_default().trim_ascii();
@@ -97,12 +100,39 @@ impl From<Refusal> for Stop {
     }
 }
 
-/// Reads a body until its endpoint's reader has decided. What was read is replayed to the Delivery Service by Pingora.
-/// `waited` is lengthened by what was spent waiting for the client.
+/// The body of a request at an endpoint, of a type that is read there and of no more octets than it may have, as far as its
+/// head says.
+pub(super) fn body(request: &RequestHeader, endpoint: &Endpoint, live: &Live) -> Result<Body, Refusal> {
+    check_content(request)?;
+    let bound = live.max_body.iter().find(|(name, _)| *name == endpoint.name);
+    let body = Body::new(bound.map_or(endpoint.max_body, |(_, bound)| *bound), live.timeouts.body_total);
+    if content_length(request).is_some_and(|length| length > body.bound()) {
+        return Err(Refusal::TooLarge);
+    }
+    Ok(body)
+}
+
+/// Reads a body until its endpoint's reader has decided, in small reads. What was read is replayed to the Delivery Service by
+/// Pingora. `waited` is lengthened by what was spent waiting for the client.
 pub(super) async fn peek(
     session: &mut Session,
     endpoint: &Endpoint,
+    connection: &Connection,
+    timeouts: &Timeouts,
+    waited: &mut Duration,
+) -> Result<Held, Stop> {
+    session.set_read_timeout(Some(timeouts.body_idle));
+    let mut held = Held::default();
+    connection.hold(true);
+    let read = fill(&mut held, session, endpoint, timeouts, waited).await;
+    connection.hold(false);
+    read.map(|()| held)
+}
+
+async fn fill(
     held: &mut Held,
+    session: &mut Session,
+    endpoint: &Endpoint,
     timeouts: &Timeouts,
     waited: &mut Duration,
 ) -> Result<(), Stop> {

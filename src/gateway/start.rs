@@ -191,21 +191,25 @@ impl Shared {
 
     /// Metrics of the store of a fleet, which may come with a reload.
     pub(super) fn store_metrics(&self) -> std::result::Result<fleet::Metrics, prometheus::Error> {
-        if let Some(metrics) = self.store_metrics.get() {
-            return Ok(metrics.clone());
-        }
-        let metrics = self.metrics.store()?;
-        Ok(self.store_metrics.get_or_init(|| metrics).clone())
+        once(&self.store_metrics, || self.metrics.store())
     }
 
     /// Metrics of the Origin, which may come with a reload.
     pub(super) fn privacy_pass_metrics(&self) -> std::result::Result<privacypass::Metrics, prometheus::Error> {
-        if let Some(metrics) = self.privacy_pass_metrics.get() {
-            return Ok(metrics.clone());
-        }
-        let metrics = self.metrics.privacy_pass()?;
-        Ok(self.privacy_pass_metrics.get_or_init(|| metrics).clone())
+        once(&self.privacy_pass_metrics, || self.metrics.privacy_pass())
     }
+}
+
+/// Metrics that are registered when they are first asked for, which only the start and reloads do: one after the other.
+fn once<T: Clone, E>(
+    metrics: &OnceLock<T>,
+    register: impl FnOnce() -> std::result::Result<T, E>,
+) -> std::result::Result<T, E> {
+    if let Some(known) = metrics.get() {
+        return Ok(known.clone());
+    }
+    let registered = register()?;
+    Ok(metrics.get_or_init(|| registered).clone())
 }
 
 /// Metrics of what becomes of nodes.
@@ -283,8 +287,7 @@ fn server(
     let store_metrics = OnceLock::new();
     let (fleet, secret) = match config.limit_store.clone() {
         Some((settings, secret)) => {
-            let of_store = metrics.store()?;
-            let _ = store_metrics.set(of_store.clone());
+            let of_store = once(&store_metrics, || metrics.store())?;
             let fleet = Fleet::start(settings, of_store).map_err(|e| StartError::Io("limits.redis", e))?;
             (Some(Arc::new(fleet)), secret)
         }
@@ -293,8 +296,7 @@ fn server(
     let privacy_pass_metrics = OnceLock::new();
     let privacy_pass = match config.privacy_pass.take() {
         Some(settings) => {
-            let metrics = metrics.privacy_pass()?;
-            let _ = privacy_pass_metrics.set(metrics.clone());
+            let metrics = once(&privacy_pass_metrics, || metrics.privacy_pass())?;
             let origin = Origin::start(settings, fleet.clone(), metrics);
             Some(Arc::new(origin.map_err(|e| StartError::Io("privacy_pass", e))?))
         }

@@ -127,8 +127,8 @@ impl Place {
 pub struct NodeTls {
     /// The name its certificate must hold, and the SNI.
     pub name: String,
-    /// The roots its certificate must chain to, in DER; none: the system's.
-    pub roots: Option<Vec<Vec<u8>>>,
+    /// The roots its certificate must chain to, in DER.
+    pub roots: Vec<Vec<u8>>,
     /// What the gateway shows: a chain, in DER, and its key, in PKCS#8 or SEC 1 DER.
     pub identity: Option<(Vec<Vec<u8>>, Vec<u8>)>,
     /// All of that, with the node's protocol for ALPN, as health checks use it.

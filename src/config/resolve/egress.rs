@@ -63,7 +63,7 @@ impl Resolver<'_> {
                 allow_private: table.allow_private,
             },
             // The system's too: Pingora would have those of when it began.
-            roots: Some(trusted.trust.certificates().iter().map(|der| der.to_vec()).collect()),
+            roots: trusted.trust.certificates().iter().map(|der| der.to_vec()).collect(),
             connect_timeout: table.connect_timeout.0,
             read_timeout: table.read_timeout.0,
         })

@@ -178,7 +178,7 @@ impl Resolver<'_> {
             Roots::Files(files) => self.watched.extend(files.iter().cloned()),
         }
         // The system's too: Pingora would have those of when it began.
-        let roots = Some(trusted.trust.certificates().iter().map(|der| der.to_vec()).collect::<Vec<_>>());
+        let roots = trusted.trust.certificates().iter().map(|der| der.to_vec()).collect();
         let mut client = match tls::client_config((**trusted.trust.roots()).clone(), identity.clone()) {
             Ok(client) => client,
             Err(e) => {
