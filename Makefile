@@ -60,9 +60,10 @@ flood: setup ## Whether a flood of bad tokens holds up requests without one, mea
 bench: setup-test ## The benchmarks (criterion): target/criterion/report/index.html
 	$(CARGO) bench --locked
 
-fuzz: setup ## The reader, for SECONDS (60) with cargo-fuzz on a nightly toolchain
+fuzz: setup ## The readers and the paths, for SECONDS (60) each, with cargo-fuzz on a nightly toolchain
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz
 	$(CARGO) +nightly fuzz run reader -- -max_total_time=$(or $(SECONDS),60) -max_len=4096
+	$(CARGO) +nightly fuzz run path -- -max_total_time=$(or $(SECONDS),60) -max_len=512
 
 clean: ## Everything built
 	$(CARGO) clean

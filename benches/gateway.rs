@@ -1,14 +1,17 @@
 //! What a request costs inside the gateway: reading each kind, a decision with five limits.
-//! Bars (issue 2): `read/send_message` under 150 ns, without allocation (tests/no_allocation.rs holds the second).
+//! Bars (issue 2): `read/send_message` under 150 ns, without allocation (tests/no_allocation.rs holds the second);
+//! (issue 6): `read mimi/submitMessage` under 300 ns.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, missing_docs)]
 
 #[path = "../tests/support/encode.rs"]
 mod encode;
+#[path = "../tests/support/mimi.rs"]
+mod mimi;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use encode::SenderId;
 use moh_gateway::admission::{Admission, Decision, KeyParts, Limit, Policy, Scope, Subject, Tally, TokenUse, Unit};
-use moh_gateway::dialect::moh::endpoint_by_path;
+use moh_gateway::dialect::{self, DIALECTS, Head, Routes};
 use moh_gateway::limiter::gcra::Gcra;
 use moh_gateway::limiter::memory::Memory;
 use moh_gateway::limiter::{Limiter, OnFailure};
@@ -60,9 +63,61 @@ fn requests() -> Vec<(&'static str, &'static str, Vec<u8>)> {
 fn read(c: &mut Criterion) {
     let mut group = c.benchmark_group("read");
     for (name, path, body) in requests() {
-        let endpoint = endpoint_by_path(path).unwrap();
-        assert!(endpoint.read(&body).is_ok(), "{name}");
-        group.bench_function(name, |b| b.iter(|| endpoint.read(black_box(&body)).is_ok()));
+        let (endpoint, head) = (dialect::endpoint(path.trim_start_matches('/')).unwrap(), Head::default());
+        assert!(endpoint.read(&head, &body).is_ok(), "{name}");
+        group.bench_function(name, |b| b.iter(|| endpoint.read(&head, black_box(&body)).is_ok()));
+    }
+    group.finish();
+}
+
+/// Requests of the `mimi` dialect: endpoint, the path's parameter, body. What follows the ciphertext is a sender's URI.
+fn mimi_requests() -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    let (alice, bob) = ("mimi://a.example/u/alice", "mimi://b.example/u/bob");
+    let (ours, theirs) = ("mimi://b.example/r/room", "mimi://a.example/r/room");
+    let uri = |uri: &str| encode::vector(uri.as_bytes());
+    let private = |ciphertext: usize| {
+        let mut octets = vec![0, 1, 0, 2];
+        octets.extend(encode::vector(GROUP));
+        octets.extend([0; 8]);
+        octets.push(1);
+        octets.extend(encode::vector(b"aad"));
+        octets.extend(encode::vector(&[3; 28]));
+        octets.extend(encode::vector(&vec![4; ciphertext]));
+        octets
+    };
+    let submit = |ciphertext| [vec![1], private(ciphertext), uri(alice)].concat();
+    let consent = |operation: u8| [vec![operation], uri(alice), uri(bob), vec![0, 0]].concat();
+    let query = mimi::list(&[mimi::QueryElement::new(mimi::HANDLE, b"im:bob@b.example").encode()]);
+    vec![
+        ("keyMaterial", bob, [vec![1], uri(alice), uri(bob), uri(theirs), vec![0; 200]].concat()),
+        ("update", ours, mls(1)),
+        ("notify", theirs, [vec![0; 8], mls(2)].concat()),
+        ("submitMessage", ours, submit(900)),
+        ("submitMessage", ours, submit(32 << 10)),
+        ("groupInfo", ours, [&[1, 0, 1][..], &encode::vector(&[7; 32]), &[0, 1], &uri(alice), &[0; 100]].concat()),
+        ("requestConsent", "b.example", consent(1)),
+        ("identifierQuery", "b.example", [query, vec![0]].concat()),
+        ("reportAbuse", ours, [uri(alice), uri(bob), vec![0; 100]].concat()),
+    ]
+}
+
+fn read_mimi(c: &mut Criterion) {
+    let mut group = c.benchmark_group("read mimi");
+    for (name, parameter, body) in mimi_requests() {
+        let endpoint = dialect::endpoint(name).unwrap();
+        let head = Head { host: "b.example", from: Some(b"mimi@a.example"), parameter };
+        endpoint.read(&head, &body).unwrap_or_else(|e| panic!("{name}: {e}"));
+        group.bench_function(format!("{name}, {} octets", body.len()), |b| {
+            b.iter(|| endpoint.read(black_box(&head), black_box(&body)).is_ok());
+        });
+    }
+    group.finish();
+    let routes = Routes::of(DIALECTS);
+    let mut group = c.benchmark_group("route");
+    for path in ["/group_operation", "/submitMessage/mimi%3A%2F%2Fb.example%2Fr%2Froom", "/reportAbuse/room"] {
+        group.bench_function(path.replace('/', " "), |b| {
+            b.iter(|| routes.find(&http::Method::POST, black_box(path)).is_ok());
+        });
     }
     group.finish();
 }
@@ -108,7 +163,7 @@ fn decide(c: &mut Criterion) {
     let limiter = Limiter::new(Memory::new(64 << 20, overflowed).unwrap(), None);
     let admission = Admission::new(policy, Arc::new(limiter), [7; 16], vec![]);
     let (_, path, body) = requests().remove(0);
-    let envelope = endpoint_by_path(path).unwrap().read(&body).unwrap();
+    let envelope = dialect::endpoint(path.trim_start_matches('/')).unwrap().read(&Head::default(), &body).unwrap();
     let subject = Subject {
         ip: "2001:db8::1".parse().unwrap(),
         provider: Some("a.example"),
@@ -139,5 +194,5 @@ fn decide(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, read, decide);
+criterion_group!(benches, read, read_mimi, decide);
 criterion_main!(benches);

@@ -9,6 +9,7 @@ pub mod admission;
 pub mod cli;
 pub mod config;
 pub mod dialect;
+pub mod download;
 pub mod egress;
 pub mod files;
 pub mod gateway;

@@ -3,6 +3,7 @@
 
 use crate::admission::Unit;
 use crate::dialect::NoRoute;
+use crate::download;
 use crate::wire;
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use serde_json::json;
@@ -168,6 +169,13 @@ pub enum Refusal {
         /// When to try again.
         retry_after: Duration,
     },
+    /// More is held of bodies that are not whole yet than may be.
+    TooMuchHeld {
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// There is no download.
+    Download(download::Refused),
     /// The Delivery Service cannot be reached, or its answer is no HTTP.
     BadGateway,
     /// The Delivery Service does not answer in time.
@@ -188,6 +196,7 @@ impl From<NoRoute> for Refusal {
         match no {
             NoRoute::UnknownPath => Self::UnknownPath,
             NoRoute::WrongMethod { allow } => Self::WrongMethod { allow },
+            NoRoute::Ambiguous(error) => Self::Malformed(error),
         }
     }
 }
@@ -205,11 +214,12 @@ impl Refusal {
             Self::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
             Self::SenderMismatch | Self::PeerNotAllowed | Self::WrongKey => StatusCode::FORBIDDEN,
             Self::Limited { .. } | Self::ToldToWait { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::NoNode { .. } | Self::NodeBusy { .. } | Self::LimitsUnavailable { .. } => {
+            Self::NoNode { .. } | Self::NodeBusy { .. } | Self::TooMuchHeld { .. } | Self::LimitsUnavailable { .. } => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::Token { problem, .. } if problem.retry_after().is_some() => StatusCode::SERVICE_UNAVAILABLE,
             Self::Token { .. } => StatusCode::UNAUTHORIZED,
+            Self::Download(refused) => refused.status(),
             Self::BadGateway | Self::Undiscovered(_) => StatusCode::BAD_GATEWAY,
             Self::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -235,6 +245,8 @@ impl Refusal {
             Self::Token { problem, .. } => problem.name(),
             Self::NoNode { .. } => "no-node",
             Self::NodeBusy { .. } => "node-busy",
+            Self::TooMuchHeld { .. } => "too-much-held",
+            Self::Download(refused) => refused.reason(),
             Self::BadGateway => "bad-gateway",
             Self::GatewayTimeout => "gateway-timeout",
             Self::ToldToWait { .. } => "told-to-wait",
@@ -249,7 +261,7 @@ impl Refusal {
             Self::UnknownPath => "Nothing is served at this path",
             Self::WrongMethod { .. } => "The endpoint has another method",
             Self::WrongContentType => "The body must be application/octet-stream",
-            Self::Malformed(_) => "The body is malformed",
+            Self::Malformed(_) => "The request is malformed",
             Self::TooLarge => "The body is too large",
             Self::TooSlow => "The request came too slowly",
             Self::Misdirected(_) => "The request is not for this provider",
@@ -261,6 +273,8 @@ impl Refusal {
             Self::Token { problem, .. } => problem.title(),
             Self::NoNode { .. } => "The Delivery Service is not available",
             Self::NodeBusy { .. } => "The Delivery Service has too many requests under way",
+            Self::TooMuchHeld { .. } => "Too many bodies are not whole yet",
+            Self::Download(_) => "There is no download of this",
             Self::BadGateway => "The Delivery Service could not be reached",
             Self::GatewayTimeout => "The Delivery Service did not answer in time",
             Self::ToldToWait { .. } => "The other provider has said to wait",
@@ -294,6 +308,9 @@ impl Refusal {
                     fields.insert("detail".into(), json!(error.to_string()));
                     fields.insert("field".into(), json!(field));
                     fields.insert("offset".into(), json!(offset));
+                }
+                Self::Download(refused) => {
+                    fields.insert("detail".into(), json!(refused.to_string()));
                 }
                 Self::Misdirected(what) => {
                     fields.insert("detail".into(), json!(format!("{what} is not one of this provider's")));
@@ -346,7 +363,10 @@ impl Refusal {
                 }
             }
             Self::LimitsUnavailable { .. } => headers.push((header::RETRY_AFTER, HeaderValue::from(1u64))),
-            Self::NoNode { retry_after } | Self::NodeBusy { retry_after } | Self::ToldToWait { retry_after } => {
+            Self::NoNode { retry_after }
+            | Self::NodeBusy { retry_after }
+            | Self::TooMuchHeld { retry_after }
+            | Self::ToldToWait { retry_after } => {
                 headers.push((header::RETRY_AFTER, HeaderValue::from(seconds_up(*retry_after).max(1))));
             }
             _ => {}
@@ -389,6 +409,16 @@ pub const REASONS: &[&str] = &[
     "token-no-key",
     "no-node",
     "node-busy",
+    "too-much-held",
+    "download-not-https",
+    "download-no-url",
+    "download-not-listed",
+    "download-private-address",
+    "download-unresolved",
+    "download-too-large",
+    "download-redirected",
+    "download-bad-answer",
+    "download-too-slow",
     "bad-gateway",
     "gateway-timeout",
     "told-to-wait",

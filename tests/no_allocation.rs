@@ -5,7 +5,7 @@
 mod encode;
 
 use moh_gateway::admission::{Admission, Decision, KeyParts, Limit, Policy, Scope, Subject, TokenUse, Unit};
-use moh_gateway::dialect::moh::endpoint_by_path;
+use moh_gateway::dialect::{self, Head};
 use moh_gateway::limiter::gcra::Gcra;
 use moh_gateway::limiter::memory::Memory;
 use moh_gateway::limiter::{Limiter, OnFailure};
@@ -21,10 +21,27 @@ fn send_message() -> Vec<u8> {
 #[test]
 fn reading_a_message_allocates_nothing() {
     let body = send_message();
-    let endpoint = endpoint_by_path("/group_operation").unwrap();
+    let (endpoint, head) = (dialect::endpoint("group_operation").unwrap(), Head::default());
     let counted = allocation_counter::measure(|| {
-        assert!(endpoint.read(&body).is_ok());
-        assert!(endpoint.read(&body[..20]).is_err());
+        assert!(endpoint.read(&head, &body).is_ok());
+        assert!(endpoint.read(&head, &body[..20]).is_err());
+    });
+    assert_eq!(counted.count_total, 0);
+}
+
+#[test]
+fn reading_a_submitted_message_allocates_nothing() {
+    let message =
+        [&[0, 1, 0, 2][..], &encode::vector(b"group"), &[0; 8], &[1, 0, 0], &encode::vector(&[1; 900])].concat();
+    let body = [&[1], &message[..], &encode::vector(b"mimi://a.example/u/alice")].concat();
+    let endpoint = dialect::endpoint("submitMessage").unwrap();
+    let head = Head { host: "b.example", from: Some(b"mimi@a.example"), parameter: "mimi://b.example/r/room" };
+    let counted = allocation_counter::measure(|| {
+        let envelope = endpoint.read(&head, &body).unwrap();
+        assert_eq!(envelope.decided_at, body.len());
+        // What limits and nodes know the room by.
+        assert_eq!(&*envelope.group().unwrap().octets(), b"mimi://b.example/r/room");
+        assert!(endpoint.read(&head, &body[..body.len() - 1]).is_err());
     });
     assert_eq!(counted.count_total, 0);
 }
@@ -46,7 +63,7 @@ fn a_decision_with_five_limits_allocates_nothing() {
     let limiter = Limiter::new(Memory::new(1 << 20, overflowed).unwrap(), None);
     let admission = Admission::new(policy, Arc::new(limiter), [1; 16], vec![]);
     let body = send_message();
-    let envelope = endpoint_by_path("/group_operation").unwrap().read(&body).unwrap();
+    let envelope = dialect::endpoint("group_operation").unwrap().read(&Head::default(), &body).unwrap();
     let subject = Subject {
         ip: "192.0.2.1".parse().unwrap(),
         provider: Some("a.example"),

@@ -1,6 +1,6 @@
 //! A federation in five seconds: two Delivery Service nodes, a token issuer and the gateway on the loopback, and real MLS
-//! clients of three providers who talk through them. Every step says what the gateway was expected to decide and what it
-//! did; the exit code is 0 if the two never differed.
+//! clients of three providers who talk through them, in both dialects. Every step says what the gateway was expected to
+//! decide and what it did; the exit code is 0 if the two never differed.
 //!
 //! `make demo`, or `cargo run --example demo -- --help`.
 #![allow(unreachable_pub)]

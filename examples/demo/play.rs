@@ -1,5 +1,8 @@
 //! The play. b.example runs the Delivery Service behind the gateway and owns the group; a.example is a guest with a
-//! certificate; c.example is a stranger. All messages are real MLS, made and read by openmls.
+//! certificate; c.example is a stranger. All messages are real MLS, made and read by openmls. First they speak MIMI over
+//! HTTPS, then at the same listener the MIMI protocol of the working group ([`rooms`]).
+
+mod rooms;
 
 use http::Method;
 
@@ -45,6 +48,7 @@ pub async fn play(stage: &Stage, ledger: &mut Ledger) -> Result<(), Error> {
     play.be_refused(&mut members).await?;
     play.do_too_much(&mut members).await?;
     play.come_as_a_stranger().await?;
+    play.speak_mimi().await?;
     play.count();
     Ok(())
 }
@@ -353,6 +357,12 @@ impl Play<'_> {
         let response = sent.map_err(|error| format!("{}: {what}: {error}", ask.who))?;
         self.ledger.step(ask.who, what.trim_end(), ask.expected, &describe(&response), Some(response.elapsed));
         self.at_ds += usize::from(Answer::decode(&response.body).is_some());
+        self.remark(&response);
+        Ok(response)
+    }
+
+    /// What an answer that is a refusal says of it.
+    fn remark(&self, response: &Response) {
         let problem = response.json();
         let member =
             |name| problem.get(name).map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned));
@@ -362,7 +372,6 @@ impl Play<'_> {
         if !said.is_empty() {
             self.ledger.note(&said.join("; "));
         }
-        Ok(response)
     }
 
     fn check(&mut self, who: &str, what: &str, expected: &str, got: &str) {

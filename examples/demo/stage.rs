@@ -28,6 +28,7 @@ ds_domain = "ds.b.example"
 address = "{listener}"
 client_certificates = "optional"
 client_ca = "federation-ca.pem"
+dialects = ["moh", "mimi"]
 
 [[certificate]]
 chain = "ds.b.example.pem"
@@ -49,6 +50,15 @@ named = ["a.example"]
 
 [endpoints.connection_request]
 token = "required"
+
+# The directory says the first, the Delivery Service is asked at the second.
+[endpoints.update]
+path = "/v1/update/{roomId}"
+upstream_path = "/hub/update/{roomId}"
+
+[proxy_download]
+hosts = ["assets.a.example"]
+ca = "federation-ca.pem"
 
 [[limit]]
 name = "ip"
@@ -76,6 +86,14 @@ endpoints = ["group_operation"]
 key = ["member"]
 rate = "1/m"
 burst = {member_burst}
+
+# A user of MIMI is one in all rooms.
+[[limit]]
+name = "user"
+endpoints = ["submitMessage"]
+key = ["member"]
+rate = "1/m"
+burst = {user_burst}
 
 [privacy_pass]
 origin = "ds.b.example"
@@ -109,6 +127,9 @@ threads = 2
 
 /// How many operations a member may make at once.
 pub const MEMBER_BURST: usize = 8;
+
+/// How many messages a user may send to rooms at once.
+pub const USER_BURST: usize = 4;
 
 /// What is running. Dropped, it ends: the gateway is killed, the directory removed.
 pub struct Stage {
@@ -149,7 +170,8 @@ impl Stage {
             .replace("{admin}", &admin.to_string())
             .replace("{node1}", &one.addr.to_string())
             .replace("{node2}", &two.addr.to_string())
-            .replace("{member_burst}", &MEMBER_BURST.to_string());
+            .replace("{member_burst}", &MEMBER_BURST.to_string())
+            .replace("{user_burst}", &USER_BURST.to_string());
         let gateway = program::start(&program, dir.path(), &configuration)?;
         println!("issuer of tokens        {}, `moh-gateway issuer`", issuer.addr);
         println!("DS nodes of b.example   {} (HTTP/1.1), {} (h2c)", one.addr, two.addr);
@@ -244,6 +266,22 @@ impl Stage {
         );
         println!("# and the same with it (200, a second time 401)");
         curl(false, "POST", "/connection_request", "connection_request.bin", "-H @authorization.txt ");
+        println!("# MIMI: where a.example is to send what (200)");
+        println!(
+            "curl -s --cacert federation-ca.pem --resolve b.example:{port}:127.0.0.1 \\\n  \
+             https://b.example:{port}/.well-known/mimi-protocol-directory\n"
+        );
+        println!("# alice's message, to a room of c.example (421)");
+        let at = |room: &str| format!("/submitMessage/mimi%3A%2F%2F{room}%2Fr%2Fsupper");
+        curl(true, "POST", &at("c.example"), "submit_message.bin", "-H 'From: mimi@a.example' ");
+        println!("# From c.example, it says; a.example, says the certificate (403)");
+        curl(true, "POST", &at("b.example"), "submit_message.bin", "-H 'From: mimi@c.example' ");
+        println!("# what the gateway makes of it, offline");
+        println!(
+            "{} explain --dialect mimi --host b.example --from mimi@a.example --path {} submit_message.bin\n",
+            self.program.display(),
+            at("b.example")
+        );
         println!("curl -s http://{}/metrics\ntail -n 3 access.jsonl", self.admin);
     }
 

@@ -1,5 +1,7 @@
 //! Who a sender is: the provider that its body names, bound to the client certificate where there is one.
 
+use crate::config::Provider;
+use crate::dialect::{Dialect, Envelope};
 use crate::problem::Refusal;
 use crate::wire::ProviderName;
 
@@ -105,6 +107,31 @@ pub fn bind_sender(
     }
     peers.admit(sender, identity)?;
     Ok(identity.map(|_| sender.to_string()))
+}
+
+/// Binds all that a request says of providers: those that must be ours are, the sender is who the channel says it is, and
+/// what must be the sender's is. The answer is the provider that is authenticated, if one is.
+///
+/// # Errors
+/// [`Refusal::Misdirected`], then what [`bind_sender`] says, then [`Refusal::SenderMismatch`].
+pub fn identify(
+    envelope: &Envelope<'_>,
+    dialect: &Dialect,
+    identity: Option<&PeerIdentity>,
+    provider: &Provider,
+    peers: &Peers,
+) -> Result<Option<String>, Refusal> {
+    if !envelope.ours.iter().flatten().all(|name| provider.is_recipient(name)) {
+        return Err(Refusal::Misdirected("recipient"));
+    }
+    if dialect.mutual_tls && identity.is_none() {
+        return Err(Refusal::SenderMismatch);
+    }
+    let authenticated = bind_sender(&envelope.sender, identity, peers)?;
+    if envelope.theirs.iter().flatten().any(|name| *name != envelope.sender) {
+        return Err(Refusal::SenderMismatch);
+    }
+    Ok(authenticated)
 }
 
 #[cfg(test)]

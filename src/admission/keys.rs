@@ -139,7 +139,15 @@ impl Hasher {
         if wanted.group || wanted.member {
             *group = hash(3, subject.group);
         }
-        if wanted.member {
+        // A user is one in all groups.
+        let user = subject.member.filter(|_| wanted.member).and_then(|user| match user {
+            Member::Uri(uri) => Some(self.sip(15, &uri.normal())),
+            Member::SignatureKey(octets) => Some(self.sip(16, octets)),
+            Member::LeafIndex(_) | Member::KeyPackageRef(_) | Member::UserKeyHash(_) => None,
+        });
+        if let Some(user) = user {
+            *member = user;
+        } else if wanted.member {
             // A leaf index says nothing without its group.
             let mut of_group = [0; 32];
             let (in_group, id) = of_group.split_at_mut(16);
@@ -157,7 +165,7 @@ impl Hasher {
                     id.copy_from_slice(&self.sip(6, octets).to_be_bytes());
                     6
                 }
-                None => 4 | ABSENT,
+                Some(Member::Uri(_) | Member::SignatureKey(_)) | None => 4 | ABSENT,
             };
             *member = self.sip(tag, &of_group);
         }
@@ -221,7 +229,7 @@ impl Mix {
         };
         // One provider must not spend another's quota by naming its groups.
         let provider = by_provider || parts.provider || parts.group || parts.member || parts.target;
-        // A member's hash holds its group already.
+        // A member's hash holds its group already, where it is one of a group.
         let used = [parts.ip, provider, parts.group, parts.member, parts.target, parts.endpoint];
         let mut factors = [0; PARTS];
         factors.iter_mut().zip(used).zip(1..).for_each(|((factor, used), n)| {

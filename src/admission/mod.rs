@@ -11,7 +11,7 @@ mod identity;
 mod keys;
 mod policy;
 
-pub use identity::{PeerIdentity, Peers, Pin, bind_sender};
+pub use identity::{PeerIdentity, Peers, Pin, bind_sender, identify};
 pub use policy::{Concurrency, KeyParts, Limit, Policy, Scope, TokenUse, Unit};
 
 use crate::dialect::{self, Member, Operation};

@@ -1,9 +1,9 @@
 //! `explain`: what the gateway makes of a request, without a socket: the same routing, reading and checks of recipient
 //! and sender. Limits and tokens are not asked.
 
-use crate::admission::{PeerIdentity, Peers, bind_sender};
-use crate::config::Provider;
-use crate::dialect::{self, Endpoint, Envelope, Member};
+use crate::admission::{PeerIdentity, Peers, identify};
+use crate::config::{Provider, host_of};
+use crate::dialect::{By, DIALECTS, Endpoint, Envelope, Found, Head, Member, Named, Routes};
 use crate::problem::Refusal;
 use crate::wire::ProviderName;
 use clap::Args;
@@ -25,8 +25,8 @@ pub(super) struct Explain {
     /// The provider that the client certificate names; "" for none
     #[arg(long, value_name = "NAME", default_value = "a.example")]
     peer: String,
-    /// The dialect
-    #[arg(long, default_value = "moh", value_parser = ["moh"])]
+    /// The dialect: moh or mimi, by its draft's paths
+    #[arg(long, default_value = "moh", value_parser = DIALECTS.iter().map(|dialect| dialect.name).collect::<Vec<_>>())]
     dialect: String,
     /// The method
     #[arg(long, default_value = "POST")]
@@ -37,6 +37,9 @@ pub(super) struct Explain {
     /// The Host, where it matters
     #[arg(long)]
     host: Option<String>,
+    /// The From, where it matters: mimi@a.example
+    #[arg(long)]
+    from: Option<String>,
     /// The body is hex, not octets
     #[arg(long)]
     hex: bool,
@@ -55,11 +58,21 @@ struct Request {
     #[serde(default)]
     host: Option<String>,
     #[serde(default)]
+    from: Option<String>,
+    #[serde(default)]
     body: String,
 }
 
 fn moh() -> String {
     "moh".into()
+}
+
+/// A request's head, as far as it matters.
+#[derive(Clone, Copy)]
+struct Said<'a> {
+    method: &'a str,
+    host: Option<&'a str>,
+    from: Option<&'a str>,
 }
 
 /// What is made of a request.
@@ -100,12 +113,12 @@ impl Explain {
                 continue;
             }
             let request: Request = serde_json::from_str(&line).map_err(|e| at(&e))?;
-            if request.dialect != "moh" {
-                return Err(at(&format!("dialect {:?} is not supported", request.dialect)));
-            }
+            let routes = routes(&request.dialect).map_err(|e| at(&e))?;
             let body = hex::decode(&request.body).map_err(|e| at(&e))?;
-            let outcome = self.outcome(&request.method, &request.path, request.host.as_deref(), &body);
-            writeln!(out, "{}", as_json(&outcome)).map_err(|e| e.to_string())?;
+            let said = Said { method: &request.method, host: request.host.as_deref(), from: request.from.as_deref() };
+            let found = find(&routes, &said, &request.path);
+            let outcome = self.outcome(&found, &said, &body);
+            writeln!(out, "{}", as_json(&outcome, &found)).map_err(|e| e.to_string())?;
         }
         Ok(())
     }
@@ -117,7 +130,10 @@ impl Explain {
             body = hex::decode(body.trim_ascii()).map_err(|e| e.to_string())?;
         }
         let path = self.path.as_deref().unwrap_or_default();
-        let outcome = self.outcome(&self.method, path, self.host.as_deref(), &body);
+        let routes = routes(&self.dialect)?;
+        let said = Said { method: &self.method, host: self.host.as_deref(), from: self.from.as_deref() };
+        let found = find(&routes, &said, path);
+        let outcome = self.outcome(&found, &said, &body);
         let (mut rows, envelope) = match &outcome {
             Outcome::Accept(envelope) => (vec![("outcome", "accept".to_owned())], Some(envelope)),
             Outcome::Answered => (vec![("outcome", "answered by the gateway".to_owned())], None),
@@ -138,9 +154,10 @@ impl Explain {
                 ("operation", e.operation.name.to_owned()),
                 ("sender", e.sender.to_string()),
                 ("recipient", e.recipient.to_string()),
+                ("room", e.room.map_or("-".to_owned(), |room| room.to_string())),
                 ("group", optional(e.group_id)),
                 ("member", e.member.map_or("-".to_owned(), |m| format!("{} {}", m.kind(), plain(&member_value(m))))),
-                ("target", optional(e.target)),
+                ("target", e.target.map_or("-".to_owned(), |target| plain(&named_value(target)))),
                 ("cost", e.cost.to_string()),
                 ("decided at", format!("octet {} of {}", e.decided_at, body.len())),
             ]);
@@ -150,55 +167,75 @@ impl Explain {
     }
 
     /// The steps up to the limits, in the gateway's order.
-    fn outcome<'a>(&self, method: &str, path: &str, host: Option<&str>, body: &'a [u8]) -> Outcome<'a> {
+    fn outcome<'a>(&self, found: &'a Result<Found<'_, '_>, Refusal>, said: &Said<'a>, body: &'a [u8]) -> Outcome<'a> {
         let provider = Provider {
             names: self.local.iter().map(|name| name.to_ascii_lowercase()).collect(),
             ds_domain: self.local.first().map(|name| name.to_ascii_lowercase()).unwrap_or_default(),
         };
         let refused = |refusal| Outcome::Refused(refusal, None);
-        let Ok(method) = http::Method::from_bytes(method.as_bytes()) else {
-            return refused(Refusal::BadHttp("no method"));
+        let found = match found {
+            Ok(found) => found,
+            Err(refusal) => return refused(refusal.clone()),
         };
-        let endpoint: &Endpoint = match dialect::route(&method, path) {
-            Ok(endpoint) => endpoint,
-            Err(no) => return refused(no.into()),
-        };
-        if host.is_some_and(|host| !provider.is_authority(host)) {
+        let endpoint: &Endpoint = found.route.endpoint;
+        if said.host.is_some_and(|host| !provider.is_authority(host)) {
             return refused(Refusal::Misdirected("Host"));
         }
-        if endpoint.reader.is_none() {
+        if let By::Gateway(_) = endpoint.by {
             return Outcome::Answered;
         }
-        let envelope = match endpoint.read(body) {
+        let head = Head {
+            host: said.host.map_or("", host_of),
+            from: said.from.map(str::as_bytes),
+            parameter: &found.parameter,
+        };
+        let envelope = match endpoint.read(&head, body) {
             Ok(envelope) => envelope,
             Err(error) => return refused(Refusal::Malformed(error)),
         };
-        if !provider.is_recipient(&envelope.recipient) {
-            return Outcome::Refused(Refusal::Misdirected("recipient"), Some(envelope));
-        }
         let identity = (!self.peer.is_empty())
             .then(|| PeerIdentity { dns_names: vec![self.peer.to_ascii_lowercase()], ..PeerIdentity::default() });
-        match bind_sender(&envelope.sender, identity.as_ref(), &Peers::default()) {
+        match identify(&envelope, found.route.dialect, identity.as_ref(), &provider, &Peers::default()) {
             Ok(_) => Outcome::Accept(envelope),
             Err(refusal) => Outcome::Refused(refusal, Some(envelope)),
         }
     }
 }
 
+/// What is served in a dialect, by its draft's paths.
+fn routes(dialect: &str) -> Result<Routes, String> {
+    let of_name = DIALECTS.iter().find(|one| one.name == dialect);
+    of_name.map(|one| Routes::of(&[one])).ok_or_else(|| format!("dialect {dialect:?} is not supported"))
+}
+
+fn find<'r, 'p>(routes: &'r Routes, said: &Said<'_>, path: &'p str) -> Result<Found<'r, 'p>, Refusal> {
+    let method = http::Method::from_bytes(said.method.as_bytes()).map_err(|_| Refusal::BadHttp("no method"))?;
+    Ok(routes.find(&method, path)?)
+}
+
 /// The fields of `expect`.
-fn as_json(outcome: &Outcome<'_>) -> Value {
+fn as_json(outcome: &Outcome<'_>, found: &Result<Found<'_, '_>, Refusal>) -> Value {
     match outcome {
-        Outcome::Accept(e) => json!({
-            "outcome": "accept",
-            "operation": e.operation.name,
-            "sender": e.sender.to_string(),
-            "recipient": e.recipient.to_string(),
-            "group_id": e.group_id.map(hex::encode),
-            "member": e.member.map(|m| json!({ "type": m.kind(), "value": member_value(m) })),
-            "target": e.target.map(|t| json!({ "type": "opaque", "value": hex::encode(t) })),
-            "cost": e.cost,
-            "decided_at": e.decided_at,
-        }),
+        Outcome::Accept(e) => {
+            let mut said = json!({
+                "outcome": "accept",
+                "operation": e.operation.name,
+                "sender": e.sender.to_string(),
+                "recipient": e.recipient.to_string(),
+                "group_id": e.group_id.map(hex::encode),
+                "member": e.member.map(|m| json!({ "type": m.kind(), "value": member_value(m) })),
+                "target": e.target.map(|t| json!({ "type": named_kind(t), "value": named_value(t) })),
+                "cost": e.cost,
+                "decided_at": e.decided_at,
+            });
+            // A dialect without rooms does not speak of them.
+            if found.as_ref().is_ok_and(|found| found.route.dialect.rooms)
+                && let Some(fields) = said.as_object_mut()
+            {
+                fields.insert("room".into(), json!(e.room.map(|room| room.to_string())));
+            }
+            said
+        }
         Outcome::Answered => json!({ "outcome": "accept" }),
         Outcome::Refused(refusal, envelope) => {
             let outcome = match refusal {
@@ -222,7 +259,24 @@ fn as_json(outcome: &Outcome<'_>) -> Value {
 fn member_value(member: Member<'_>) -> Value {
     match member {
         Member::LeafIndex(leaf) => json!(leaf),
-        Member::KeyPackageRef(octets) | Member::UserKeyHash(octets) => json!(hex::encode(octets)),
+        Member::KeyPackageRef(octets) | Member::UserKeyHash(octets) | Member::SignatureKey(octets) => {
+            json!(hex::encode(octets))
+        }
+        Member::Uri(uri) => json!(uri.to_string()),
+    }
+}
+
+fn named_kind(named: Named<'_>) -> &'static str {
+    match named {
+        Named::Opaque(_) => "opaque",
+        Named::Uri(_) => "uri",
+    }
+}
+
+fn named_value(named: Named<'_>) -> Value {
+    match named {
+        Named::Opaque(octets) => json!(hex::encode(octets)),
+        Named::Uri(uri) => json!(uri.to_string()),
     }
 }
 

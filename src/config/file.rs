@@ -22,6 +22,7 @@ pub(super) struct File {
     #[serde(default)]
     pub(super) http2: Http2,
     pub(super) egress: Option<Egress>,
+    pub(super) proxy_download: Option<ProxyDownload>,
     pub(super) delivery_service: DeliveryService,
     #[serde(default)]
     pub(super) peers: Peers,
@@ -66,6 +67,7 @@ pub(super) struct Listener {
     pub(super) client_crl: Option<Spanned<Paths>>,
     #[serde(default)]
     pub(super) proxy_protocol: Vec<Spanned<String>>,
+    pub(super) dialects: Option<Spanned<Vec<Spanned<String>>>>,
 }
 
 /// A path, or a list of them; for roots "system" is the system's.
@@ -119,6 +121,7 @@ pub(super) struct Connections {
     pub(super) handshakes_per_ip: Spanned<Rate>,
     pub(super) handshakes_burst: Spanned<Burst>,
     pub(super) handshakes_at_once: Spanned<u32>,
+    pub(super) held_bodies: Spanned<Size>,
     pub(super) exempt: Vec<Spanned<String>>,
 }
 
@@ -131,6 +134,7 @@ impl Default for Connections {
             handshakes_per_ip: unplaced(Rate { count: 100, period: Duration::from_secs(1), octets: false }),
             handshakes_burst: unplaced(Burst { count: 1_000, octets: false }),
             handshakes_at_once: unplaced(2_000),
+            held_bodies: unplaced(Size(256 << 20)),
             exempt: vec![],
         }
     }
@@ -185,6 +189,28 @@ pub(super) struct EgressPeer {
     pub(super) provider: Spanned<String>,
     pub(super) ds_domain: Option<Spanned<String>>,
     pub(super) address: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ProxyDownload {
+    pub(super) hosts: Spanned<Vec<Spanned<String>>>,
+    #[serde(default = "mebibytes::<100>")]
+    pub(super) max_size: Spanned<Size>,
+    #[serde(default = "seconds::<60>")]
+    pub(super) timeout: Span,
+    #[serde(default = "seconds::<5>")]
+    pub(super) connect_timeout: Span,
+    #[serde(default = "seconds::<10>")]
+    pub(super) idle_timeout: Span,
+    #[serde(default = "system")]
+    pub(super) ca: Spanned<Paths>,
+    #[serde(default)]
+    pub(super) allow_private: bool,
+}
+
+fn mebibytes<const N: u64>() -> Spanned<Size> {
+    unplaced(Size(N << 20))
 }
 
 fn system() -> Spanned<Paths> {
@@ -387,7 +413,10 @@ pub(super) enum Token {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct EndpointTable {
+    pub(super) path: Option<Spanned<String>>,
+    pub(super) upstream_path: Option<Spanned<String>>,
     pub(super) max_body: Option<Spanned<Size>>,
+    pub(super) max_held: Option<Spanned<Size>>,
     #[serde(default)]
     pub(super) token: Token,
     pub(super) token_rate: Option<Rate>,

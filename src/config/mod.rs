@@ -6,6 +6,8 @@ mod resolve;
 mod units;
 
 use crate::admission::{Peers, Policy};
+use crate::dialect::Routes;
+use crate::download;
 use crate::egress;
 use crate::limiter::fleet;
 use crate::limiter::gcra::Gcra;
@@ -46,6 +48,8 @@ pub struct Config {
     pub fields: Fields,
     /// The door for this provider's own nodes, to other providers.
     pub egress: Option<Egress>,
+    /// What is downloaded for other providers. None: nothing.
+    pub proxy_download: Option<download::Settings>,
     /// Files besides those of `certificates` and of listeners whose change is a change of the configuration: of nodes, egress
     /// and tickets.
     pub watched: Vec<PathBuf>,
@@ -55,6 +59,8 @@ pub struct Config {
     pub peers: Peers,
     /// Octets a body may have, by endpoint name; endpoints not named have their own bound.
     pub max_body: Vec<(&'static str, u64)>,
+    /// How much may be held of bodies.
+    pub holding: Holding,
     /// The limits, and what tokens do.
     pub policy: Policy,
     /// Octets the limits' state may take on this node.
@@ -116,6 +122,28 @@ pub struct Listener {
     pub client_auth: ClientAuth,
     /// Load balancers: their connections begin with a header of the PROXY protocol, version 2.
     pub proxy_protocol: Vec<IpNet>,
+    /// What is served there.
+    pub routes: Arc<Routes>,
+}
+
+/// How much may be held of bodies that are not decided about yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holding {
+    /// Octets of one, by endpoint name.
+    pub most: Vec<(&'static str, usize)>,
+    /// Octets of all together.
+    pub total: i64,
+}
+
+/// Octets of a body that may be held at most. With a read's worth over it, it stays within Pingora's replay buffer of 64 KiB,
+/// which forgets all it has when it overflows.
+pub const MOST_HELD: usize = 48 * 1024;
+
+impl Holding {
+    /// Octets that may be held of a body of an endpoint.
+    pub fn of(&self, endpoint: &str) -> usize {
+        self.most.iter().find(|(name, _)| *name == endpoint).map_or(MOST_HELD, |(_, most)| *most)
+    }
 }
 
 /// What is asked of clients.

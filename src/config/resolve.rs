@@ -2,6 +2,8 @@
 //! wrong is noted with its place, so that all of it can be said at once.
 
 mod connections;
+mod dialects;
+mod download;
 mod egress;
 mod limits;
 mod privacy_pass;
@@ -108,7 +110,9 @@ impl<'a> Resolver<'a> {
     /// Resolves a file; what is wrong with it is noted.
     pub(super) fn config(&mut self, file: file::File, text: Arc<str>) -> Option<Config> {
         let provider = self.provider(&file.provider);
-        let listeners = self.listeners(&file.listener);
+        let paths = self.paths(&file.endpoints);
+        let listeners = self.listeners(&file.listener, &paths);
+        let holding = self.holding(&file.endpoints, &file.connections);
         let certificates = self.certificates(&file.certificate, provider.as_ref());
         let tickets = self.tickets(&file.tls);
         let upstream = self.upstream(&file.delivery_service);
@@ -119,6 +123,8 @@ impl<'a> Resolver<'a> {
             Some(table) => Some(self.egress(table, certificates.first().map(|(_, certificate)| certificate))?),
             None => None,
         };
+        let proxy_download =
+            file.proxy_download.as_ref().and_then(|table| self.proxy_download(table, provider.as_ref()));
 
         let limit_store = file.limits.redis.as_ref().and_then(|redis| self.redis(redis, &file.limits));
         let mut policy = Policy {
@@ -141,7 +147,8 @@ impl<'a> Resolver<'a> {
         if let Some(last) = file.limit.get(MOST_LIMITS) {
             self.wrong(&last.name, format!("limit[{MOST_LIMITS}]"), format!("{MOST_LIMITS} limits are the most"));
         }
-        let around = Around { authenticates, exempt, redis: file.limits.redis.as_ref(), max_body: &max_body };
+        let (redis, served) = (file.limits.redis.as_ref(), dialects::served(&listeners));
+        let around = Around { authenticates, exempt, redis, max_body: &max_body, served: &served };
         for (i, limit) in file.limit.iter().enumerate() {
             if file.limit.iter().take(i).any(|other| other.name.get_ref() == limit.name.get_ref()) {
                 self.wrong(&limit.name, format!("limit[{i}].name"), "another limit has this name");
@@ -208,10 +215,12 @@ impl<'a> Resolver<'a> {
             upstream: upstream?,
             fields,
             egress,
+            proxy_download,
             watched: std::mem::take(&mut self.watched),
             text,
             peers,
             max_body,
+            holding,
             policy,
             limit_memory: limit_memory(&file.limits),
             limit_store,
@@ -248,9 +257,7 @@ impl<'a> Resolver<'a> {
                 );
                 continue;
             };
-            if let Some(size) =
-                table.max_body.as_ref().filter(|size| endpoint.reader.is_none() || size.get_ref().0 == 0)
-            {
+            if let Some(size) = table.max_body.as_ref().filter(|size| !endpoint.takes_body() || size.get_ref().0 == 0) {
                 self.wrong(size, key(".max_body"), "this endpoint takes no body, or this takes none");
             }
             max_body.extend(table.max_body.as_ref().map(|size| (endpoint.name, size.get_ref().0)));

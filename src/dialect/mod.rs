@@ -1,12 +1,34 @@
 //! What requests there are and what each of them says: one file a draft.
 //!
-//! A dialect is data: its [`Endpoint`]s, each with its method, path and reader, and the [`Operation`]s that limits and
-//! metrics name. From a body, an endpoint reads an [`Envelope`]: group, sender, recipient, member, target and cost,
-//! borrowed from the buffer. The steps behind know envelopes and operations, never a draft.
+//! A [`Dialect`] is data: its [`Endpoint`]s, each with its method, path and reader, and the [`Operation`]s that limits and
+//! metrics name. From a request, an endpoint reads an [`Envelope`]: group, sender, recipient, member, target and cost, and
+//! which providers must be ours or the sender's, borrowed from the buffers. The steps behind know envelopes and operations,
+//! never a draft: another draft is another file, and a line in [`DIALECTS`].
 
+pub mod mimi;
 pub mod moh;
+mod route;
 
-use crate::wire::{self, ProviderName};
+pub use route::{Clash, Found, InvalidTemplate, NoRoute, Paths, Route, Routes, Template};
+
+use crate::wire::{self, ProviderName, Uri};
+use std::borrow::Cow;
+
+/// All dialects.
+pub static DIALECTS: &[&Dialect] = &[&moh::DIALECT, &mimi::DIALECT];
+
+/// A draft.
+#[derive(Debug)]
+pub struct Dialect {
+    /// Its name in configuration.
+    pub name: &'static str,
+    /// What is served in it.
+    pub endpoints: &'static [&'static Endpoint],
+    /// Whether it has rooms, which requests name.
+    pub rooms: bool,
+    /// Whether a sender is nobody without a client certificate: mutual TLS is part of it.
+    pub mutual_tls: bool,
+}
 
 /// A kind of request within an endpoint: what limits cover and metrics count.
 #[derive(Debug, PartialEq, Eq)]
@@ -34,8 +56,50 @@ pub struct Supplies {
     pub many: bool,
 }
 
-/// What a reader of an endpoint is.
-pub type ReadFn = for<'a> fn(&'a [u8]) -> wire::Result<Envelope<'a>>;
+/// What a reader takes of a request's head.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Head<'a> {
+    /// The host of `Host` (`:authority`), its port aside.
+    pub host: &'a str,
+    /// The value of the only `From`; none where there is no such field, or more than one.
+    pub from: Option<&'a [u8]>,
+    /// The parameter of the path, percent-decoded once; empty where the path has none.
+    pub parameter: &'a str,
+}
+
+/// What a reader of an endpoint is: of the head, and of what has come of the body.
+pub type ReadFn = for<'a> fn(&Head<'a>, &'a [u8]) -> wire::Result<Envelope<'a>>;
+
+/// What is known to an endpoint that the gateway answers by itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'a> {
+    /// The authority that was asked, its port included; it is ours.
+    pub authority: &'a str,
+    /// The domain of the Delivery Service.
+    pub ds_domain: &'a str,
+    /// What is served there.
+    pub routes: &'a Routes,
+}
+
+/// An answer of the gateway's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// `Content-Type`.
+    pub content_type: &'static str,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+/// Who answers a request.
+#[derive(Debug, Clone, Copy)]
+pub enum By {
+    /// The Delivery Service: its body is read, decided about and forwarded.
+    DeliveryService(ReadFn),
+    /// The gateway, from what it knows; it may be kept for an hour. No body is read.
+    Gateway(fn(&Facts<'_>) -> Answer),
+    /// The server of a URL, which is the path's parameter: the gateway fetches it. No body is read.
+    Fetched(ReadFn),
+}
 
 /// A method and a path that are served.
 #[derive(Debug)]
@@ -44,26 +108,35 @@ pub struct Endpoint {
     pub name: &'static str,
     /// The only method.
     pub method: http::Method,
-    /// The path, exact.
+    /// Its path, where the configuration does not say: exact, or with one `{parameter}` as one of its segments.
     pub path: &'static str,
     /// What may be asked there.
     pub operations: &'static [&'static Operation],
     /// Octets a body may have at most, where the configuration does not say.
     pub max_body: u64,
-    /// Reads a body. None: the gateway answers by itself, and reads no body.
-    pub reader: Option<ReadFn>,
+    /// The only media type of its bodies; none where the draft does not say one, and any will do.
+    pub content_type: Option<&'static str>,
+    /// Who answers.
+    pub by: By,
 }
 
 impl Endpoint {
-    /// Reads an envelope from what has come of a body.
+    /// Whether bodies are read, and go to the Delivery Service.
+    pub fn takes_body(&self) -> bool {
+        matches!(self.by, By::DeliveryService(_))
+    }
+
+    /// Reads an envelope from a head and what has come of a body.
     ///
     /// # Errors
     /// [`wire::Error::Incomplete`] where more of the body is needed, [`wire::Error::Malformed`] where none helps.
     #[inline]
-    pub fn read<'a>(&self, body: &'a [u8]) -> wire::Result<Envelope<'a>> {
-        match self.reader {
-            Some(read) => read(body),
-            None => Err(wire::Error::Malformed { field: "body", offset: 0, reason: "this endpoint reads none" }),
+    pub fn read<'a>(&self, head: &Head<'a>, body: &'a [u8]) -> wire::Result<Envelope<'a>> {
+        match self.by {
+            By::DeliveryService(read) | By::Fetched(read) => read(head, body),
+            By::Gateway(_) => {
+                Err(wire::Error::Malformed { field: "body", offset: 0, reason: "this endpoint reads none" })
+            }
         }
     }
 }
@@ -78,6 +151,10 @@ pub enum Member<'a> {
     KeyPackageRef(&'a [u8]),
     /// The hash of a user's key.
     UserKeyHash(&'a [u8]),
+    /// A user's URI.
+    Uri(Uri<'a>),
+    /// A client's signature key.
+    SignatureKey(&'a [u8]),
 }
 
 impl Member<'_> {
@@ -87,11 +164,36 @@ impl Member<'_> {
             Self::LeafIndex(_) => "leaf_index",
             Self::KeyPackageRef(_) => "key_package_ref",
             Self::UserKeyHash(_) => "user_key_hash",
+            Self::Uri(_) => "uri",
+            Self::SignatureKey(_) => "signature_key",
         }
     }
 }
 
-/// What the gateway knows of a request once its reader has decided: everything is borrowed from the body.
+/// Something that a request names: what limits know it by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Named<'a> {
+    /// Octets that mean nothing to the gateway.
+    Opaque(&'a [u8]),
+    /// A URI, whose scheme and provider are compared without regard to case.
+    Uri(Uri<'a>),
+}
+
+impl<'a> Named<'a> {
+    /// Octets that are the same for the same thing: borrowed, unless a URI holds capital letters where they mean nothing.
+    #[inline]
+    pub fn octets(&self) -> Cow<'a, [u8]> {
+        match self {
+            Self::Opaque(octets) => Cow::Borrowed(octets),
+            Self::Uri(uri) => uri.normal(),
+        }
+    }
+}
+
+/// Up to two providers.
+pub type Providers<'a> = [Option<ProviderName<'a>>; 2];
+
+/// What the gateway knows of a request once its reader has decided: everything is borrowed from its head and body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Envelope<'a> {
     /// What is asked.
@@ -100,42 +202,39 @@ pub struct Envelope<'a> {
     pub sender: ProviderName<'a>,
     /// The provider it is meant for. Not yet seen to be ours.
     pub recipient: ProviderName<'a>,
+    /// Providers besides the recipient that must be ours: else the request is not for us.
+    pub ours: Providers<'a>,
+    /// Providers that must be the sender: else it is not theirs to send.
+    pub theirs: Providers<'a>,
+    /// The room, where the dialect has rooms.
+    pub room: Option<Uri<'a>>,
     /// The MLS group.
     pub group_id: Option<&'a [u8]>,
     /// The sending member of the group.
     pub member: Option<Member<'a>>,
     /// The user or client that it is for.
-    pub target: Option<&'a [u8]>,
+    pub target: Option<Named<'a>>,
     /// What it costs in a limit's units.
     pub cost: u32,
     /// Octets of the body after which all of this was known.
     pub decided_at: usize,
 }
 
-/// Why no endpoint serves a method and path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NoRoute {
-    /// No endpoint has this path.
-    UnknownPath,
-    /// An endpoint has it, with this method.
-    WrongMethod {
-        /// The method it has.
-        allow: &'static http::Method,
-    },
-}
-
-/// Finds the endpoint for a method and a path (no query, no fragment).
-///
-/// # Errors
-/// [`NoRoute`] where there is none.
-pub fn route(method: &http::Method, path: &str) -> Result<&'static Endpoint, NoRoute> {
-    let endpoint = moh::endpoint_by_path(path).ok_or(NoRoute::UnknownPath)?;
-    if endpoint.method == *method { Ok(endpoint) } else { Err(NoRoute::WrongMethod { allow: &endpoint.method }) }
+impl<'a> Envelope<'a> {
+    /// What limits and nodes know as the group: the room where there is one, for all that is asked of it is then one.
+    pub fn group(&self) -> Option<Named<'a>> {
+        self.room.map(Named::Uri).or(self.group_id.map(Named::Opaque))
+    }
 }
 
 /// All endpoints of all dialects.
 pub fn endpoints() -> impl Iterator<Item = &'static Endpoint> {
-    moh::ENDPOINTS.iter().copied()
+    DIALECTS.iter().flat_map(|dialect| dialect.endpoints.iter().copied())
+}
+
+/// The endpoint of a name.
+pub fn endpoint(name: &str) -> Option<&'static Endpoint> {
+    endpoints().find(|endpoint| endpoint.name == name)
 }
 
 /// All operations of all dialects.
@@ -158,18 +257,6 @@ mod tests {
         assert!(all.iter().all(|o| o.id < 128));
         for endpoint in endpoints() {
             assert!(endpoint.operations.iter().all(|o| o.endpoint == endpoint.name));
-        }
-    }
-
-    #[test]
-    fn routes() {
-        assert_eq!(route(&http::Method::POST, "/group_operation").unwrap().name, "group_operation");
-        assert_eq!(
-            route(&http::Method::POST, "/welcome_information").unwrap_err(),
-            NoRoute::WrongMethod { allow: &http::Method::GET }
-        );
-        for path in ["/", "", "/group_operation/", "//group_operation", "/Group_operation", "/group%5foperation"] {
-            assert_eq!(route(&http::Method::POST, path).unwrap_err(), NoRoute::UnknownPath, "{path}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! MIMI over HTTPS: draft-kohbrok-mimi-moh, with the octets that `wire.md` ("Dialect `moh`") pins where no published
 //! draft does. Eight endpoints towards the Delivery Service, and the discovery document, which the gateway answers.
 
-use super::{Endpoint, Envelope, Member, Operation, Supplies};
+use super::{Answer, By, Dialect, Endpoint, Envelope, Facts, Member, Named, Operation, Supplies};
 use crate::wire::{Error, ProviderName, Reader, Result, mls};
 use http::Method;
 
@@ -43,40 +43,42 @@ operations! {
 }
 
 macro_rules! endpoints {
-    ($($constant:ident = $name:literal $method:ident $path:literal $max_body:expr, $reader:expr, [$($operation:ident),*];)*) => {
+    ($($constant:ident = $name:literal $method:ident $path:literal $max_body:expr, $by:expr, [$($operation:ident),*];)*) => {
         $(static $constant: Endpoint = Endpoint {
             name: $name, method: Method::$method, path: $path, operations: &[$(&$operation),*], max_body: $max_body,
-            reader: $reader,
+            content_type: Some("application/octet-stream"), by: $by,
         };)*
-        /// The endpoints of this dialect.
-        pub static ENDPOINTS: &[&Endpoint] = &[$(&$constant),*];
-
-        /// The endpoint with exactly this path.
-        pub fn endpoint_by_path(path: &str) -> Option<&'static Endpoint> {
-            match path {
-                $($path => Some(&$constant),)*
-                _ => None,
-            }
-        }
+        static ENDPOINTS: &[&Endpoint] = &[$(&$constant),*];
     };
 }
 
 endpoints! {
-    GROUP = "group_operation" POST "/group_operation" 8 * MIB, Some(group_operation),
+    GROUP = "group_operation" POST "/group_operation" 8 * MIB, By::DeliveryService(|_, body| group_operation(body)),
         [DELETE_GROUP, UPDATE_QUEUE_INFO, ADD_USERS, REMOVE_USERS, ADD_CLIENTS, REMOVE_CLIENTS, UPDATE_CLIENT,
          UPDATE_CLIENT_FANOUT_INFO, SEND_MESSAGE];
-    WELCOME = "welcome_information" GET "/welcome_information" 64 * KIB, Some(welcome_information), [WELCOME_INFO];
+    WELCOME = "welcome_information" GET "/welcome_information" 64 * KIB,
+        By::DeliveryService(|_, body| welcome_information(body)), [WELCOME_INFO];
     EXTERNAL_COMMIT = "external_commit_information" GET "/external_commit_information" 64 * KIB,
-        Some(external_commit_information), [EXTERNAL_COMMIT_INFO, RESYNC_CLIENT];
-    VERIFICATION = "verification_key" GET "/verification_key" 4 * KIB, Some(verification_key), [VERIFICATION_KEY];
-    CONNECTION = "connection_request" POST "/connection_request" 256 * KIB, Some(connection_request),
-        [CONNECTION_REQUEST];
-    DELIVERY = "deliver_message" POST "/deliver_message" 8 * MIB, Some(deliver_message), [DELIVER_MESSAGE];
-    CONNECTION_KPS = "connection_key_packages" POST "/connection_key_packages" 16 * KIB, Some(connection_key_packages),
-        [CONNECTION_KEY_PACKAGES];
-    GROUP_KPS = "group_key_packages" POST "/group_key_packages" 48 * KIB, Some(group_key_packages),
-        [GROUP_KEY_PACKAGES];
-    DISCOVERY = "ds_domain" GET "/.well-known/mimi/ds-domain" 0, None, [DS_DOMAIN];
+        By::DeliveryService(|_, body| external_commit_information(body)), [EXTERNAL_COMMIT_INFO, RESYNC_CLIENT];
+    VERIFICATION = "verification_key" GET "/verification_key" 4 * KIB,
+        By::DeliveryService(|_, body| verification_key(body)), [VERIFICATION_KEY];
+    CONNECTION = "connection_request" POST "/connection_request" 256 * KIB,
+        By::DeliveryService(|_, body| connection_request(body)), [CONNECTION_REQUEST];
+    DELIVERY = "deliver_message" POST "/deliver_message" 8 * MIB,
+        By::DeliveryService(|_, body| deliver_message(body)), [DELIVER_MESSAGE];
+    CONNECTION_KPS = "connection_key_packages" POST "/connection_key_packages" 16 * KIB,
+        By::DeliveryService(|_, body| connection_key_packages(body)), [CONNECTION_KEY_PACKAGES];
+    GROUP_KPS = "group_key_packages" POST "/group_key_packages" 48 * KIB,
+        By::DeliveryService(|_, body| group_key_packages(body)), [GROUP_KEY_PACKAGES];
+    DISCOVERY = "ds_domain" GET "/.well-known/mimi/ds-domain" 0, By::Gateway(ds_domain), [DS_DOMAIN];
+}
+
+/// The dialect.
+pub static DIALECT: Dialect = Dialect { name: "moh", endpoints: ENDPOINTS, rooms: false, mutual_tls: false };
+
+/// The discovery document.
+fn ds_domain(facts: &Facts<'_>) -> Answer {
+    Answer { content_type: "text/plain", body: facts.ds_domain.into() }
 }
 
 /// `ProviderHeader`: version, sender, recipient.
@@ -178,6 +180,9 @@ fn ds_request(body: &[u8], operation: impl Fn(u8) -> Option<(&'static Operation,
         operation,
         sender,
         recipient,
+        ours: [Some(recipient), None],
+        theirs: [None, None],
+        room: None,
         group_id: Some(group_id),
         member: Some(member),
         target: None,
@@ -194,6 +199,9 @@ fn verification_key(body: &[u8]) -> Result<Envelope<'_>> {
         operation: &VERIFICATION_KEY,
         sender,
         recipient,
+        ours: [Some(recipient), None],
+        theirs: [None, None],
+        room: None,
         group_id: None,
         member: None,
         target: None,
@@ -230,9 +238,12 @@ fn queueing_request<'a>(body: &'a [u8], operation: &'static Operation) -> Result
         operation,
         sender,
         recipient,
+        ours: [Some(recipient), None],
+        theirs: [None, None],
+        room: None,
         group_id,
         member,
-        target: Some(target),
+        target: Some(Named::Opaque(target)),
         cost: 1,
         decided_at: r.offset(),
     })
@@ -248,9 +259,12 @@ fn connection_key_packages(body: &[u8]) -> Result<Envelope<'_>> {
         operation: &CONNECTION_KEY_PACKAGES,
         sender,
         recipient,
+        ours: [Some(recipient), None],
+        theirs: [None, None],
+        room: None,
         group_id: None,
         member: None,
-        target: Some(target),
+        target: Some(Named::Opaque(target)),
         cost: 1,
         decided_at: r.offset(),
     })
@@ -275,6 +289,9 @@ fn group_key_packages(body: &[u8]) -> Result<Envelope<'_>> {
         operation: &GROUP_KEY_PACKAGES,
         sender,
         recipient,
+        ours: [Some(recipient), None],
+        theirs: [None, None],
+        room: None,
         group_id: Some(group_id),
         member: None,
         target: None,

@@ -217,7 +217,7 @@ impl Discovery {
 /// A domain name in lower case, of those that can be a provider's. None: it is none, or the number of a host. The last
 /// label of a name is no number: whatever ends in one is read as an IPv4 address in one of its spellings (`127.1`,
 /// `0x7f.1`, `2130706433`) by those who resolve names, and by the URL standard ("ends in a number").
-fn domain_name(octets: &[u8]) -> Option<String> {
+pub(crate) fn domain_name(octets: &[u8]) -> Option<String> {
     let name = ProviderName::from_bytes(octets).ok()?.to_string();
     let last = name.rsplit('.').next().unwrap_or_default();
     let hexadecimal = |digits: &str| digits.bytes().all(|octet| octet.is_ascii_hexdigit());

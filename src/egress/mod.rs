@@ -11,6 +11,7 @@ mod patience;
 mod private;
 mod resolver;
 
+pub(crate) use discovery::domain_name;
 pub use discovery::{Discovery, Error, Found, Settings, SetupError, StaticPeer};
 pub use patience::Patience;
 pub use private::is_public;

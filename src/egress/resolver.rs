@@ -38,30 +38,58 @@ impl Resolver {
     /// # Errors
     /// [`Error::Unreachable`]: it has no address, or nobody knows. [`Error::PrivateAddress`]: it has no other.
     pub async fn resolve(&self, name: &str) -> Result<Vec<SocketAddr>, Error> {
-        let place = self.places.clone().acquire_owned().await.map_err(|_| Error::Unreachable)?;
-        let of = name.to_owned();
-        let asked = tokio::task::spawn_blocking(move || {
-            let addresses = (of.as_str(), PORT).to_socket_addrs().map(Iterator::collect::<Vec<_>>);
-            // Not before: the thread is taken until here, whether anybody waits or not.
-            drop(place);
-            addresses
-        });
-        let addresses = match asked.await {
-            Ok(Ok(addresses)) if !addresses.is_empty() => addresses,
-            Ok(Ok(_)) => return Err(Error::Unreachable),
-            Ok(Err(e)) => {
-                tracing::debug!(host = name, "it is not resolved: {e}");
-                return Err(Error::Unreachable);
-            }
-            Err(_) => return Err(Error::Unreachable),
-        };
-        let usable = |address: &SocketAddr| self.allow_private || is_public(address.ip());
-        let usable: Vec<_> = addresses.into_iter().filter(usable).take(MOST).collect();
+        let mut usable = self.addresses(name, PORT).await?;
+        usable.retain(|address| self.may_be(address));
+        usable.truncate(MOST);
         if usable.is_empty() {
             tracing::debug!(host = name, "it has no public address");
             return Err(Error::PrivateAddress);
         }
         Ok(usable)
+    }
+
+    /// The addresses of a name, with a port: at least one, all of them public. Who mixes others among them says that the
+    /// name is not to be asked: it may have no public one a moment later. As [`Self::resolve`] otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`]: it has no address, or nobody knows. [`Error::PrivateAddress`]: it has one that is not
+    /// public.
+    pub async fn resolve_unmixed(&self, name: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
+        let addresses = self.addresses(name, port).await?;
+        self.unmixed(addresses).inspect_err(|_| tracing::debug!(host = name, "it has an address that is not public"))
+    }
+
+    fn unmixed(&self, mut addresses: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, Error> {
+        if !addresses.iter().all(|address| self.may_be(address)) {
+            return Err(Error::PrivateAddress);
+        }
+        addresses.truncate(MOST);
+        Ok(addresses)
+    }
+
+    /// Whether an address may be connected to.
+    fn may_be(&self, address: &SocketAddr) -> bool {
+        self.allow_private || is_public(address.ip())
+    }
+
+    /// What the system's resolver says: at least one address.
+    async fn addresses(&self, name: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
+        let place = self.places.clone().acquire_owned().await.map_err(|_| Error::Unreachable)?;
+        let of = name.to_owned();
+        let asked = tokio::task::spawn_blocking(move || {
+            let addresses = (of.as_str(), port).to_socket_addrs().map(Iterator::collect::<Vec<_>>);
+            // Not before: the thread is taken until here, whether anybody waits or not.
+            drop(place);
+            addresses
+        });
+        match asked.await {
+            Ok(Ok(addresses)) if !addresses.is_empty() => Ok(addresses),
+            Ok(Ok(_)) | Err(_) => Err(Error::Unreachable),
+            Ok(Err(e)) => {
+                tracing::debug!(host = name, "it is not resolved: {e}");
+                Err(Error::Unreachable)
+            }
+        }
     }
 }
 
@@ -110,5 +138,47 @@ mod tests {
         assert_eq!(fixed, [SocketAddr::from(([127, 0, 0, 1], 8443))]);
         let refused = Resolve::resolve(&guard, name("localhost")).await.err().unwrap();
         assert_eq!(refused.downcast_ref::<Error>(), Some(&Error::PrivateAddress));
+    }
+
+    #[tokio::test]
+    async fn one_private_address_is_one_too_many() {
+        let strict = Resolver::new(false);
+        assert_eq!(strict.resolve_unmixed("localhost", 8443).await, Err(Error::PrivateAddress));
+        let all = Resolver::new(true).resolve_unmixed("localhost", 8443).await.unwrap();
+        assert!(!all.is_empty() && all.iter().all(|address| address.ip().is_loopback() && address.port() == 8443));
+
+        let address = |ip: &str| SocketAddr::new(ip.parse().unwrap(), 8443);
+        let public: Vec<_> = ["1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"].map(address).into();
+        assert_eq!(strict.unmixed(public.clone()), Ok(public.clone()));
+        for private in [
+            "127.0.0.1",
+            "10.0.0.1",
+            "100.64.0.1",
+            "169.254.169.254",
+            "192.168.0.1",
+            "0.0.0.0",
+            "::1",
+            "::",
+            "fd00::1",
+            "fe80::1",
+            "::ffff:127.0.0.1",
+            "::ffff:10.0.0.1",
+            "::127.0.0.1",
+            "64:ff9b::7f00:1",
+            "64:ff9b::a00:1",
+            "64:ff9b:1::808:808",
+            "2002:7f00:1::1",
+        ] {
+            for at in 0..=public.len() {
+                let mut mixed = public.clone();
+                mixed.insert(at, address(private));
+                assert_eq!(strict.unmixed(mixed), Err(Error::PrivateAddress), "{private} at {at}");
+            }
+        }
+        // Nor does it go unseen behind as many as are used.
+        let mut many: Vec<_> = (1..=40).map(|last| address(&format!("1.1.1.{last}"))).collect();
+        assert_eq!(strict.unmixed(many.clone()).map(|used| used.len()), Ok(MOST));
+        many.push(address("10.0.0.1"));
+        assert_eq!(strict.unmixed(many), Err(Error::PrivateAddress));
     }
 }

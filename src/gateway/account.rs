@@ -1,16 +1,17 @@
 //! Account: what is kept of a request while it is under way, and what is said of it when it has ended.
 
+use super::download::Download;
 use super::fields::Trace;
 use super::live::Live;
 use super::stream::Connection;
 use super::{Shared, door, forward};
 use crate::admission::{Admission, Owing, Subject, Tally, Tickets};
-use crate::dialect::Endpoint;
+use crate::dialect::{Dialect, Endpoint};
 use crate::privacypass::Reservation;
 use crate::problem::Refusal;
 use crate::telemetry::{Decision, Line, Metrics};
 use crate::upstream::{Member, Permit, Settings, Tried};
-use http::StatusCode;
+use http::{StatusCode, Uri};
 use pingora_proxy::Session;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,6 +25,11 @@ pub struct RequestContext {
     pub(super) live: Arc<Live>,
     pub(super) connection: Option<Arc<Connection>>,
     pub(super) endpoint: Option<&'static Endpoint>,
+    pub(super) dialect: Option<&'static Dialect>,
+    /// What the Delivery Service is asked at.
+    pub(super) path: Option<Uri>,
+    /// What is fetched, where it is not the Delivery Service that answers.
+    pub(super) download: Option<Download>,
     pub(super) operation: Option<&'static str>,
     pub(super) provider: Option<String>,
     /// Of the group, for choosing its node: the same on every gateway and after every restart.
@@ -99,6 +105,9 @@ impl RequestContext {
             settings: None,
             connection: None,
             endpoint: None,
+            dialect: None,
+            path: None,
+            download: None,
             operation: None,
             provider: None,
             group_hash: None,

@@ -3,7 +3,7 @@
 use super::stream::Connection;
 use crate::problem::Refusal;
 use bytes::Bytes;
-use http::header;
+use http::{Method, header};
 use pingora_core::{Error, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::Session;
@@ -60,8 +60,13 @@ pub(super) async fn write(
     if cut_short || how.draining {
         session.set_keepalive(None);
     }
+    // The answer to HEAD says how long it would be, and that is all (RFC 9110 §9.3.2).
+    let head_only = session.req_header().method == Method::HEAD;
     let write = async {
-        session.write_response_header(Box::new(response), false).await?;
+        session.write_response_header(Box::new(response), head_only).await?;
+        if head_only {
+            return Ok(());
+        }
         session.write_response_body(Some(body), true).await
     };
     match tokio::time::timeout(how.within, write).await {

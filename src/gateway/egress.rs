@@ -11,7 +11,7 @@ use super::live::{Live, LiveEgress};
 use super::stream::{Connection, FederationStream};
 use super::{Shared, answer, door, head_is_in, peek};
 use crate::config::host_of;
-use crate::dialect::{self, Endpoint};
+use crate::dialect::{Endpoint, Routes, moh};
 use crate::egress::{Error as Undiscovered, Found};
 use crate::problem::Refusal;
 use crate::telemetry::{Decision, Line};
@@ -28,9 +28,12 @@ use pingora_core::{Error, ErrorSource, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, HttpProxy, ProxyHttp, Session};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant, SystemTime};
+
+/// What nodes ask of other providers: they are known by the bodies' headers.
+static ROUTES: LazyLock<Routes> = LazyLock::new(|| Routes::of(&[&moh::DIALECT]));
 
 /// Addresses of a provider that are tried at most.
 const MOST_ADDRESSES: usize = 4;
@@ -152,13 +155,13 @@ impl Egress {
         if request.uri.query().is_some() {
             return Err(Refusal::UnknownPath);
         }
-        let endpoint = dialect::route(&request.method, request.uri.path())?;
+        let endpoint = ROUTES.find(&request.method, request.uri.path())?.route.endpoint;
         ctx.endpoint = Some(endpoint);
         ctx.provider = named(request)?;
         if live.provider.is_host(&ctx.provider) {
             return Err(Refusal::Misdirected("Host is this provider itself, and"));
         }
-        if endpoint.reader.is_some() {
+        if endpoint.takes_body() {
             self.read(session, ctx, endpoint, &connection).await?;
         }
         if let Some(retry_after) = egress.patience.wait(&ctx.provider, endpoint.name, ctx.about, Instant::now()) {
@@ -182,14 +185,17 @@ impl Egress {
     ) -> std::result::Result<(), Refusal> {
         let live = ctx.live.clone();
         ctx.body = peek::body(session.req_header(), endpoint, &live)?;
-        let read = peek::peek(session, endpoint, connection, &live.timeouts, &mut ctx.waited).await;
+        let (timeouts, holding, gauge) = (&live.timeouts, &live.holding, &self.0.metrics.held);
+        let reading = peek::Reading { endpoint, parameter: "", timeouts, holding, gauge };
+        let read = peek::peek(session, &reading, connection, &mut ctx.waited).await;
         let held = read.map_err(|stop| {
             ctx.broken = stop.broken;
             stop.refusal
         })?;
-        let envelope = endpoint.read(held.octets()).map_err(Refusal::Malformed)?;
+        let head = peek::head(session.req_header(), "");
+        let envelope = endpoint.read(&head, held.octets()).map_err(Refusal::Malformed)?;
         ctx.operation = Some(envelope.operation.name);
-        ctx.about = envelope.group_id.or(envelope.target).map(forward::group_hash);
+        ctx.about = envelope.group().or(envelope.target).map(|about| forward::group_hash(&about.octets()));
         if !envelope.recipient.is(&ctx.provider) {
             return Err(Refusal::Misdirected("recipient is not whom Host names, and"));
         }
@@ -258,7 +264,7 @@ impl ProxyHttp for Egress {
 
     async fn request_filter(&self, session: &mut Session, ctx: &mut Outgoing) -> Result<bool> {
         match self.admit(session, ctx).await {
-            Ok(()) if ctx.endpoint.is_some_and(|e| e.reader.is_none()) => {
+            Ok(()) if ctx.endpoint.is_some_and(|e| !e.takes_body()) => {
                 // Where the other's Delivery Service is has just been found out.
                 let domain = ctx.found.as_ref().map(|found| found.ds_domain.clone()).unwrap_or_default();
                 let mut response = ResponseHeader::build(StatusCode::OK, Some(3))?;
@@ -420,6 +426,8 @@ impl ProxyHttp for Egress {
         };
         let status = refusal.status().as_u16();
         if super::status_written(session).is_none() {
+            // Pingora ends the connection after this: its client is told so.
+            session.set_keepalive(None);
             let _ = self.refuse(session, ctx, &refusal).await;
         }
         FailToProxy { error_code: status, can_reuse_downstream: false }

@@ -130,6 +130,7 @@ fn sequence(certificate: &CertificateDer<'_>) -> String {
 /// `PrivateToken` credential was for us; other credentials are the Delivery Service's.
 pub(super) fn set(
     request: &mut RequestHeader,
+    path: Uri,
     endpoint: &Endpoint,
     fields: &Fields,
     learned: &Learned<'_>,
@@ -138,8 +139,10 @@ pub(super) fn set(
     if let Some(authority) = request.uri.authority().map(|authority| authority.as_str().to_owned()) {
         request.insert_header(header::HOST, authority)?;
     }
-    request.set_uri(Uri::from_static(endpoint.path));
-    request.insert_header(header::CONTENT_TYPE, "application/octet-stream")?;
+    request.set_uri(path);
+    if let Some(content_type) = endpoint.content_type {
+        request.insert_header(header::CONTENT_TYPE, content_type)?;
+    }
     let drop: Vec<_> = request.headers.keys().filter(|name| is_ours_to_say(name, fields)).cloned().collect();
     for name in drop {
         request.remove_header(&name);
@@ -222,8 +225,8 @@ mod tests {
         request.append_header("Authorization", "Bearer ds").unwrap();
         request.append_header("Authorization", "PrivateToken token=\"x\"").unwrap();
         request.append_header("X-Other", "kept").unwrap();
-        let endpoint = crate::dialect::moh::endpoint_by_path("/group_operation").unwrap();
-        set(&mut request, endpoint, fields, learned, true).unwrap();
+        let endpoint = crate::dialect::endpoint("group_operation").unwrap();
+        set(&mut request, Uri::from_static(endpoint.path), endpoint, fields, learned, true).unwrap();
         request.headers.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap())).collect()
     }
 

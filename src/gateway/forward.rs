@@ -1,9 +1,11 @@
 //! Forward: what goes to the Delivery Service, and how.
 
 use crate::config::Timeouts;
+use crate::dialect::Route;
 use crate::problem::Refusal;
 use crate::upstream::{Member, NodeTls, Settings, Target};
 use arc_swap::ArcSwap;
+use http::Uri;
 use pingora_core::protocols::tls::CaType;
 use pingora_core::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy, PeerOptions};
 use pingora_core::utils::tls::{CertKey, WrappedX509, parse_x509};
@@ -18,6 +20,15 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 /// so its key is no secret.
 pub(super) fn group_hash(group: &[u8]) -> u128 {
     SipHasher24::new_with_keys(0, 0).hash(group).as_u128()
+}
+
+/// The path that the Delivery Service is asked at.
+pub(super) fn path(route: &Route, raw: &str) -> std::result::Result<Uri, Refusal> {
+    let path = route.upstream_path(raw);
+    if *path == *route.endpoint.path {
+        return Ok(Uri::from_static(route.endpoint.path));
+    }
+    Uri::try_from(&*path).map_err(|_| Refusal::UnknownPath)
 }
 
 /// A body on its way: what has passed, and until when.

@@ -1,9 +1,13 @@
 //! What the configuration says, as the gateway uses it: one value, which a reload exchanges whole. A request keeps what it
 //! began with to its end; a connection takes what is in use for each of its requests.
 
+use super::download::Downloads;
 use super::forward;
 use crate::admission::{Admission, Peers};
-use crate::config::{ClientAuth, Config, ConnectionLimits, Fields, Http2, Provider, TicketSettings, Timeouts, Trusted};
+use crate::config::{
+    ClientAuth, Config, ConnectionLimits, Fields, Holding, Http2, Provider, TicketSettings, Timeouts, Trusted,
+};
+use crate::dialect::Routes;
 use crate::egress::{Discovery, Patience};
 use crate::limiter::fleet::Fleet;
 use crate::privacypass::Origin;
@@ -15,7 +19,7 @@ use siphasher::sip::SipHasher24;
 use std::hash::{Hash as _, Hasher as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 use tokio_rustls::TlsAcceptor;
 
@@ -33,6 +37,10 @@ pub(super) struct Live {
     pub(super) fields: Arc<Fields>,
     pub(super) connections: Arc<ConnectionLimits>,
     pub(super) http2: Http2,
+    /// What is served at each listener.
+    routes: Arc<[(SocketAddr, Arc<Routes>)]>,
+    pub(super) holding: Arc<Holding>,
+    pub(super) downloads: Option<Arc<Downloads>>,
     pub(super) tls: Arc<Tls>,
     pub(super) egress: Option<Arc<LiveEgress>>,
     /// What it was read from, and the files it names besides those of `tls`.
@@ -265,6 +273,7 @@ impl Live {
         fleet: Option<Arc<Fleet>>,
         tls: Arc<Tls>,
         egress: Option<Arc<LiveEgress>>,
+        downloads: Option<Arc<Downloads>>,
     ) -> Self {
         Self {
             provider: Arc::new(config.provider),
@@ -277,12 +286,21 @@ impl Live {
             fields: Arc::new(config.fields),
             connections: Arc::new(config.connections),
             http2: config.http2,
+            routes: config.listeners.iter().map(|listener| (listener.address, listener.routes.clone())).collect(),
+            holding: Arc::new(config.holding),
+            downloads,
             tls,
             egress,
             text: config.text,
             watched: config.watched.into(),
             watch_every: config.watch_every,
         }
+    }
+
+    /// What is served at a listener.
+    pub(super) fn routes(&self, listener: SocketAddr) -> &Routes {
+        static NONE: LazyLock<Routes> = LazyLock::new(Routes::default);
+        self.routes.iter().find(|(address, _)| *address == listener).map_or(&NONE, |(_, routes)| routes)
     }
 }
 

@@ -9,6 +9,7 @@ mod admin;
 mod answer;
 mod connections;
 mod door;
+mod download;
 mod egress;
 mod fields;
 mod forward;
@@ -19,13 +20,15 @@ mod proxy_protocol;
 mod reload;
 mod start;
 mod stream;
+mod threads;
 mod upgrade;
 
 pub use start::{StartError, run};
 pub use upgrade::From;
 
-use crate::admission::{Admission, Decision as Verdict, Subject, Tally, bind_sender};
-use crate::dialect::{self, Envelope};
+use crate::admission::{Admission, Decision as Verdict, Subject, Tally, identify};
+use crate::dialect::{self, By, Envelope, Facts, Named};
+use crate::download::{Refused, Target};
 use crate::limiter::fleet;
 use crate::privacypass;
 use crate::problem::{Refusal, TokenProblem, Violated};
@@ -37,9 +40,10 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
 use connections::Connections;
+use download::Download;
 use fields::Learned;
 use forward::NodeTlsForms;
-use http::{StatusCode, header};
+use http::{HeaderMap, StatusCode, header};
 use live::Live;
 use pingora_core::modules::http::HttpModules;
 use pingora_core::protocols::Digest;
@@ -71,6 +75,8 @@ struct Shared {
     draining: AtomicBool,
     /// Another process has its listening sockets.
     succeeded: AtomicBool,
+    /// How many threads serve a listener.
+    threads: tokio::sync::watch::Sender<usize>,
 }
 
 /// Pingora's view of the gateway.
@@ -132,11 +138,14 @@ impl Gateway {
         if request.uri.query().is_some() {
             return Err(Refusal::UnknownPath);
         }
-        let endpoint = dialect::route(&request.method, request.uri.path())?;
-        ctx.endpoint = Some(endpoint);
+        let found = live.routes(connection.listener).find(&request.method, request.uri.path())?;
+        let endpoint = found.route.endpoint;
+        (ctx.endpoint, ctx.dialect) = (Some(endpoint), Some(found.route.dialect));
+        ctx.path = Some(forward::path(found.route, found.raw)?);
+        let parameter = found.parameter.into_owned();
         check_host(&live, request, &connection)?;
 
-        if endpoint.reader.is_none() {
+        if let By::Gateway(_) = endpoint.by {
             let operation = endpoint.operations.first().copied().ok_or(Refusal::Internal)?;
             ctx.operation = Some(operation.name);
             // No body names a sender; a certificate does, by the first of its names.
@@ -162,20 +171,47 @@ impl Gateway {
             return admitted;
         }
 
-        ctx.body = peek::body(session.req_header(), endpoint, &live)?;
-
         // peek
-        let read = peek::peek(session, endpoint, &connection, &live.timeouts, &mut ctx.waited).await;
+        if let By::Fetched(_) = endpoint.by {
+            return self.admit_download(session, ctx, &connection, &parameter).await;
+        }
+        ctx.body = peek::body(session.req_header(), endpoint, &live)?;
+        let (timeouts, holding, gauge) = (&live.timeouts, &live.holding, &self.0.metrics.held);
+        let reading = peek::Reading { endpoint, parameter: &parameter, timeouts, holding, gauge };
+        let read = peek::peek(session, &reading, &connection, &mut ctx.waited).await;
         let held = read.map_err(|stop| {
             ctx.broken = stop.broken;
             stop.refusal
         })?;
-        let envelope = endpoint.read(held.octets()).map_err(Refusal::Malformed)?;
         // What is not declared is what has come; the rest is charged when it is in.
         let declared = peek::content_length(session.req_header());
         ctx.owes = declared.is_none() && !session.as_mut().is_body_done();
         ctx.charged = declared.unwrap_or(held.octets().len() as u64);
+        let head = peek::head(session.req_header(), &parameter);
+        let envelope = endpoint.read(&head, held.octets()).map_err(Refusal::Malformed)?;
         self.identify_and_admit(session, ctx, &connection, &envelope).await
+    }
+
+    /// A download: its URL is read before anything is asked, and its server looked for once the request is admitted.
+    async fn admit_download(
+        &self,
+        session: &mut Session,
+        ctx: &mut RequestContext,
+        connection: &Connection,
+        parameter: &str,
+    ) -> std::result::Result<(), Refusal> {
+        let live = ctx.live.clone();
+        if !session.as_mut().is_body_empty() {
+            return Err(Refusal::BadHttp("a download has no body"));
+        }
+        let endpoint = ctx.endpoint.ok_or(Refusal::Internal)?;
+        let envelope = endpoint.read(&peek::head(session.req_header(), parameter), &[]).map_err(Refusal::Malformed)?;
+        let listed = live.downloads.as_ref().ok_or(Refusal::Download(Refused::HostNotListed));
+        let target = listed.and_then(|of| Target::read(parameter, &of.settings).map_err(Refusal::Download));
+        self.identify_and_admit(session, ctx, connection, &envelope).await?;
+        let (target, downloads) = (target?, live.downloads.clone().ok_or(Refusal::Internal)?);
+        ctx.download = Some(Download::new(target, downloads).await.map_err(Refusal::Download)?);
+        Ok(())
     }
 
     async fn identify_and_admit(
@@ -187,22 +223,22 @@ impl Gateway {
     ) -> std::result::Result<(), Refusal> {
         let (shared, live) = (&self.0, ctx.live.clone());
         ctx.operation = Some(envelope.operation.name);
-        if let Some(group) = envelope.group_id {
+        let group = envelope.group().map(|group| group.octets());
+        let target = envelope.target.as_ref().map(Named::octets);
+        if let Some(group) = &group {
             ctx.group_hash = Some(forward::group_hash(group));
             // For the log alone.
             ctx.group_pseudonym = shared.access_log.is_on().then(|| live.admission.pseudonym(group));
         }
-        if !live.provider.is_recipient(&envelope.recipient) {
-            return Err(Refusal::Misdirected("recipient"));
-        }
-        let provider = bind_sender(&envelope.sender, connection.identity.as_ref(), &live.peers)?;
+        let dialect = ctx.dialect.ok_or(Refusal::Internal)?;
+        let provider = identify(envelope, dialect, connection.identity.as_ref(), &live.provider, &live.peers)?;
         let subject = Subject {
             ip: connection.client.ip(),
             provider: provider.as_deref(),
             operation: envelope.operation,
-            group: envelope.group_id,
+            group: group.as_deref(),
             member: envelope.member,
-            target: envelope.target,
+            target: target.as_deref(),
             cost: envelope.cost,
             octets: u32::try_from(ctx.charged).unwrap_or(u32::MAX),
             at: Instant::now(),
@@ -338,15 +374,26 @@ impl Gateway {
         answer::write(session, how, response, body).await
     }
 
-    /// `/.well-known/mimi/ds-domain`.
-    async fn discovery(&self, session: &mut Session, ctx: &mut RequestContext) -> Result<()> {
+    /// What the gateway answers from what it knows.
+    async fn answer_it(
+        &self,
+        session: &mut Session,
+        ctx: &mut RequestContext,
+        of: fn(&Facts<'_>) -> dialect::Answer,
+    ) -> Result<()> {
         ctx.decision = Decision::Answered;
         ctx.keep_token();
-        let domain = Bytes::from(ctx.live.provider.ds_domain.clone());
+        let live = ctx.live.clone();
+        let listener = ctx.connection.as_ref().map(|connection| connection.listener);
+        let (Ok(authority), Some(listener)) = (answer::authority(session.req_header()), listener) else {
+            return Error::e_explain(ErrorType::InternalError, "it was admitted");
+        };
+        let facts = Facts { authority, ds_domain: &live.provider.ds_domain, routes: live.routes(listener) };
+        let said = of(&facts);
         let mut response = ResponseHeader::build(StatusCode::OK, Some(3))?;
-        response.insert_header(header::CONTENT_TYPE, "text/plain")?;
+        response.insert_header(header::CONTENT_TYPE, said.content_type)?;
         response.insert_header(header::CACHE_CONTROL, "max-age=3600")?;
-        self.answer(session, ctx, response, domain).await
+        self.answer(session, ctx, response, Bytes::from(said.body)).await
     }
 }
 
@@ -373,11 +420,13 @@ impl ProxyHttp for Gateway {
         let took = ctx.began.elapsed().saturating_sub(ctx.waited);
         ctx.gateway_took = Some(took);
         match admitted {
-            Ok(()) if ctx.endpoint.is_some_and(|e| e.reader.is_none()) => {
-                self.discovery(session, ctx).await?;
-                Ok(true)
-            }
-            Ok(()) => Ok(false),
+            Ok(()) => match ctx.endpoint.map(|endpoint| endpoint.by) {
+                Some(By::Gateway(of)) => {
+                    self.answer_it(session, ctx, of).await?;
+                    Ok(true)
+                }
+                _ => Ok(false),
+            },
             Err(refusal) => {
                 self.refuse(session, ctx, &refusal).await?;
                 Ok(true)
@@ -389,6 +438,16 @@ impl ProxyHttp for Gateway {
         // What was read so far is sent again from the start.
         ctx.body.rewind();
         ctx.permit = None;
+        if let Some(download) = &mut ctx.download {
+            if let Some(watch) = &ctx.watch {
+                // It is given up before, with an answer if there was none.
+                watch.until(Some(download.until() + Duration::from_secs(1)));
+            }
+            let peer = download.peer(&ctx.live.timeouts);
+            return peer
+                .map(Box::new)
+                .ok_or_else(|| Error::explain(ErrorType::ConnectError, "it has no other address"));
+        }
         let settings = self.0.nodes.settings();
         let Some(node) = self.0.nodes.choose(ctx.group_hash, &ctx.tried) else {
             ctx.pending = Some(if ctx.tried.any() {
@@ -420,6 +479,10 @@ impl ProxyHttp for Gateway {
         ctx: &mut RequestContext,
         mut e: Box<Error>,
     ) -> Box<Error> {
+        if let Some(download) = &ctx.download {
+            e.set_retry(download.has_another() && !forward::is_of_this_process(&e));
+            return e;
+        }
         let Some(node) = ctx.node.take() else { return e };
         if forward::is_refusal(&e)
             && let Some(settings) = &ctx.settings
@@ -493,6 +556,8 @@ impl ProxyHttp for Gateway {
         ctx: &mut RequestContext,
     ) -> Result<()> {
         match &ctx.watch {
+            // A download's deadline is its answer's.
+            _ if ctx.download.is_some() => {}
             Some(watch) if end => watch.until(None),
             Some(_) => ctx.await_body(),
             None => {}
@@ -509,7 +574,14 @@ impl ProxyHttp for Gateway {
         request: &mut RequestHeader,
         ctx: &mut RequestContext,
     ) -> Result<()> {
-        let Some(endpoint) = ctx.endpoint else { return Error::e_explain(ErrorType::InternalError, "no endpoint") };
+        if let Some(download) = &ctx.download {
+            download.request(request)?;
+            ctx.keep_token();
+            return Ok(());
+        }
+        let (Some(endpoint), Some(path)) = (ctx.endpoint, ctx.path.take()) else {
+            return Error::e_explain(ErrorType::InternalError, "no endpoint");
+        };
         let connection = ctx.connection.as_deref();
         let learned = Learned {
             client: connection.map(|c| c.client.ip()),
@@ -519,7 +591,9 @@ impl ProxyHttp for Gateway {
             id: &ctx.id,
             trace: &ctx.trace,
         };
-        fields::set(request, endpoint, &ctx.live.fields, &learned, ctx.live.privacy_pass.is_some())?;
+        fields::set(request, path.clone(), endpoint, &ctx.live.fields, &learned, ctx.live.privacy_pass.is_some())?;
+        // It may be sent to another node.
+        ctx.path = Some(path);
         // The next thing is to write to the node.
         ctx.keep_token();
         Ok(())
@@ -531,6 +605,12 @@ impl ProxyHttp for Gateway {
         response: &mut ResponseHeader,
         ctx: &mut RequestContext,
     ) -> Result<()> {
+        if let Some(download) = &ctx.download
+            && let Err(refused) = download.response(response)
+        {
+            ctx.pending = Some(Refusal::Download(refused));
+            return Error::e_explain(ErrorType::InvalidHTTPHeader, refused.to_string()).map_err(Error::into_up);
+        }
         if response.status.is_informational() {
             return Ok(());
         }
@@ -562,9 +642,28 @@ impl ProxyHttp for Gateway {
         end: bool,
         ctx: &mut RequestContext,
     ) -> Result<Option<Duration>> {
-        ctx.body_out += body.as_ref().map_or(0, Bytes::len);
+        let octets = body.as_ref().map_or(0, Bytes::len);
+        if let Some(download) = &mut ctx.download {
+            download.pass(octets).map_err(|refused| {
+                ctx.pending = Some(Refusal::Download(refused));
+                Error::explain(ErrorType::ReadError, refused.to_string()).into_up()
+            })?;
+        }
+        ctx.body_out += octets;
         ctx.answered |= end;
         Ok(None)
+    }
+
+    fn upstream_response_trailer_filter(
+        &self,
+        _: &mut Session,
+        trailers: &mut HeaderMap,
+        ctx: &mut RequestContext,
+    ) -> Result<()> {
+        if ctx.download.is_some() {
+            trailers.clear();
+        }
+        Ok(())
     }
 
     async fn fail_to_proxy(&self, session: &mut Session, e: &Error, ctx: &mut RequestContext) -> FailToProxy {
@@ -606,6 +705,8 @@ impl ProxyHttp for Gateway {
             ctx.decision = Decision::Aborted;
             ctx.refused = Some((refusal.status(), refusal.reason(), vec![]));
         } else {
+            // Pingora ends the connection after this: its client is told so.
+            session.set_keepalive(None);
             let _ = self.refuse(session, ctx, &refusal).await;
         }
         FailToProxy { error_code: status, can_reuse_downstream: false }

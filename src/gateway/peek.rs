@@ -1,10 +1,11 @@
 //! Peek: reading just enough of a body to decide, within its time and within what may be held.
 
+use super::answer;
 use super::forward::Body;
 use super::live::Live;
 use super::stream::Connection;
-use crate::config::Timeouts;
-use crate::dialect::Endpoint;
+use crate::config::{Timeouts, host_of};
+use crate::dialect::{Endpoint, Head};
 use crate::problem::Refusal;
 use crate::wire;
 use bytes::{Bytes, BytesMut};
@@ -12,26 +13,40 @@ use http::{HeaderValue, header};
 use pingora_core::ErrorType;
 use pingora_http::RequestHeader;
 use pingora_proxy::Session;
+use prometheus::IntGauge;
 use std::time::{Duration, Instant};
 
-/// Octets of a body that may be held undecided. With a read's worth over it, it stays within Pingora's replay buffer of
-/// 64 KiB, which forgets all it has when it overflows.
-const MAX_HELD: usize = 48 * 1024;
-
 /// What has come of a body. Most often one read is all, and it is not copied.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Held {
     first: Bytes,
     more: BytesMut,
+    /// Counts it, for as long as it is held.
+    gauge: IntGauge,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.gauge.sub(as_count(self.octets().len()));
+    }
+}
+
+fn as_count(octets: usize) -> i64 {
+    i64::try_from(octets).unwrap_or(i64::MAX)
 }
 
 impl Held {
+    fn new(gauge: &IntGauge) -> Self {
+        Self { first: Bytes::new(), more: BytesMut::new(), gauge: gauge.clone() }
+    }
+
     /// All that has come.
     pub(super) fn octets(&self) -> &[u8] {
         if self.more.is_empty() { &self.first } else { &self.more }
     }
 
     fn push(&mut self, chunk: Bytes) {
+        self.gauge.add(as_count(chunk.len()));
         if self.first.is_empty() {
             self.first = chunk;
         } else {
@@ -44,16 +59,29 @@ impl Held {
 }
 
 /// A body must be octets as they are: a coding would let the Delivery Service read others than the gateway did.
-fn check_content(request: &RequestHeader) -> Result<(), Refusal> {
-    let mut types = request.headers.get_all(header::CONTENT_TYPE).iter();
-    let (Some(content_type), None) = (types.next(), types.next()) else { return Err(Refusal::WrongContentType) };
-    let essence = content_type.as_bytes().split(|b| *b == b';').next().unwrap_or_default().trim_ascii();
-    if !essence.eq_ignore_ascii_case(b"application/octet-stream")
-        || request.headers.contains_key(header::CONTENT_ENCODING)
-    {
+fn check_content(request: &RequestHeader, endpoint: &Endpoint) -> Result<(), Refusal> {
+    if request.headers.contains_key(header::CONTENT_ENCODING) {
         return Err(Refusal::WrongContentType);
     }
-    Ok(())
+    let mut types = request.headers.get_all(header::CONTENT_TYPE).iter();
+    match (endpoint.content_type, types.next(), types.next()) {
+        (None, _, None) => Ok(()),
+        (Some(wanted), Some(said), None) => {
+            let essence = said.as_bytes().split(|b| *b == b';').next().unwrap_or_default().trim_ascii();
+            essence.eq_ignore_ascii_case(wanted.as_bytes()).then_some(()).ok_or(Refusal::WrongContentType)
+        }
+        _ => Err(Refusal::WrongContentType),
+    }
+}
+
+/// What an endpoint's reader takes of a head. `parameter` is the path's, decoded.
+pub(super) fn head<'a>(request: &'a RequestHeader, parameter: &'a str) -> Head<'a> {
+    let mut from = request.headers.get_all(header::FROM).iter();
+    let from = match (from.next(), from.next()) {
+        (Some(one), None) => Some(one.as_bytes()),
+        _ => None,
+    };
+    Head { host: answer::authority(request).map_or("", host_of), from, parameter }
 }
 
 /// The one length that the request says its body has.
@@ -103,7 +131,7 @@ impl From<Refusal> for Stop {
 /// The body of a request at an endpoint, of a type that is read there and of no more octets than it may have, as far as its
 /// head says.
 pub(super) fn body(request: &RequestHeader, endpoint: &Endpoint, live: &Live) -> Result<Body, Refusal> {
-    check_content(request)?;
+    check_content(request, endpoint)?;
     let bound = live.max_body.iter().find(|(name, _)| *name == endpoint.name);
     let body = Body::new(bound.map_or(endpoint.max_body, |(_, bound)| *bound), live.timeouts.body_total);
     if content_length(request).is_some_and(|length| length > body.bound()) {
@@ -112,19 +140,30 @@ pub(super) fn body(request: &RequestHeader, endpoint: &Endpoint, live: &Live) ->
     Ok(body)
 }
 
+/// What is read at which endpoint, and what holds for it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reading<'a> {
+    pub(super) endpoint: &'static Endpoint,
+    /// The parameter of the path, decoded.
+    pub(super) parameter: &'a str,
+    pub(super) timeouts: &'a Timeouts,
+    pub(super) holding: &'a crate::config::Holding,
+    /// Octets of all bodies that are held.
+    pub(super) gauge: &'a IntGauge,
+}
+
 /// Reads a body until its endpoint's reader has decided, in small reads. What was read is replayed to the Delivery Service by
 /// Pingora. `waited` is lengthened by what was spent waiting for the client.
 pub(super) async fn peek(
     session: &mut Session,
-    endpoint: &Endpoint,
+    reading: &Reading<'_>,
     connection: &Connection,
-    timeouts: &Timeouts,
     waited: &mut Duration,
 ) -> Result<Held, Stop> {
-    session.set_read_timeout(Some(timeouts.body_idle));
-    let mut held = Held::default();
+    session.set_read_timeout(Some(reading.timeouts.body_idle));
+    let mut held = Held::new(reading.gauge);
     connection.hold(true);
-    let read = fill(&mut held, session, endpoint, timeouts, waited).await;
+    let read = fill(&mut held, session, reading, waited).await;
     connection.hold(false);
     read.map(|()| held)
 }
@@ -132,10 +171,11 @@ pub(super) async fn peek(
 async fn fill(
     held: &mut Held,
     session: &mut Session,
-    endpoint: &Endpoint,
-    timeouts: &Timeouts,
+    reading: &Reading<'_>,
     waited: &mut Duration,
 ) -> Result<(), Stop> {
+    let Reading { endpoint, timeouts, .. } = *reading;
+    let most = reading.holding.of(endpoint.name);
     session.as_mut().enable_retry_buffering();
     let deadline = Instant::now() + timeouts.body_total;
     let expects = session.req_header().headers.get(header::EXPECT);
@@ -145,14 +185,18 @@ async fn fill(
     let mut need = 0;
     loop {
         if held.octets().len() >= need {
-            match endpoint.read(held.octets()) {
+            match endpoint.read(&head(session.req_header(), reading.parameter), held.octets()) {
                 Ok(_) => return Ok(()),
                 Err(wire::Error::Incomplete { need: more, .. }) => need = more,
                 Err(malformed) => return Err(Refusal::Malformed(malformed).into()),
             }
         }
-        if need > MAX_HELD {
+        if need > most {
             return Err(Refusal::TooLarge.into());
+        }
+        // Of one that waits for more of its body; all others go on at once.
+        if reading.gauge.get() > reading.holding.total {
+            return Err(Refusal::TooMuchHeld { retry_after: timeouts.body_idle }.into());
         }
         let began = Instant::now();
         let patience = timeouts.body_idle.min(deadline.saturating_duration_since(began));
@@ -163,11 +207,11 @@ async fn fill(
             Ok(Ok(Some(chunk))) if !chunk.is_empty() => held.push(chunk),
             Ok(Ok(Some(_))) => {}
             // The body ended: what is missing will not come.
-            Ok(Ok(None)) => return Err(Refusal::Malformed(still_missing(endpoint, held)).into()),
+            Ok(Ok(None)) => return Err(Refusal::Malformed(still_missing(session, reading, held)).into()),
             Ok(Err(e)) => {
                 let refusal = match e.etype() {
                     ErrorType::ReadTimedout => Refusal::TooSlow,
-                    ErrorType::ConnectionClosed => Refusal::Malformed(still_missing(endpoint, held)),
+                    ErrorType::ConnectionClosed => Refusal::Malformed(still_missing(session, reading, held)),
                     _ => Refusal::BadHttp("the body's framing is wrong, or it broke off"),
                 };
                 return Err(Stop { refusal, broken: true });
@@ -179,8 +223,8 @@ async fn fill(
     }
 }
 
-fn still_missing(endpoint: &Endpoint, held: &Held) -> wire::Error {
-    match endpoint.read(held.octets()) {
+fn still_missing(session: &Session, reading: &Reading<'_>, held: &Held) -> wire::Error {
+    match reading.endpoint.read(&head(session.req_header(), reading.parameter), held.octets()) {
         Err(error) => error,
         Ok(_) => wire::Error::Malformed { field: "body", offset: held.octets().len(), reason: "cut short" },
     }

@@ -5,19 +5,20 @@
 //! What a limit has counted stays where neither its name, its key nor its rate is another.
 
 use super::Shared;
+use super::download::Downloads;
 use super::live::{Live, LiveEgress, Tls};
 use crate::admission::Admission;
 use crate::config::Config;
 use crate::limiter::fleet::{self, Fleet};
 use crate::limiter::memory::Memory;
-use crate::privacypass::{self, Origin, SpentIn};
+use crate::privacypass::{self, Origin};
 use crate::telemetry::AccessLog;
 use crate::tls::{self, Watch};
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
@@ -26,6 +27,9 @@ pub(super) type Outcome = Result<i64, Vec<String>>;
 
 /// Asks for reloads.
 pub(super) type Asker = mpsc::Sender<oneshot::Sender<Outcome>>;
+
+/// A store that nobody has heard of yet has so long to answer before requests ask it.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 
 /// An [`Asker`] that comes once there is something to reload.
 pub(super) type Later = Arc<OnceLock<Asker>>;
@@ -36,9 +40,6 @@ pub(super) struct Fixed {
     listeners: Vec<SocketAddr>,
     admin: SocketAddr,
     egress: Option<SocketAddr>,
-    threads: usize,
-    /// Where spent tokens are known, how many, and what verifies them.
-    tokens: Option<String>,
 }
 
 /// What the limits are kept in.
@@ -58,17 +59,7 @@ impl Fixed {
     pub(super) fn of(config: &Config) -> Self {
         let mut listeners: Vec<_> = config.listeners.iter().map(|listener| listener.address).collect();
         listeners.sort_unstable();
-        Self {
-            listeners,
-            admin: config.admin,
-            egress: config.egress.as_ref().map(|egress| egress.address),
-            threads: config.threads,
-            tokens: config.privacy_pass.as_ref().map(|of| {
-                // The files of spent tokens are of one epoch and secret.
-                let files = matches!(of.spent, SpentIn::Files(_)).then_some((of.epoch, &of.secret));
-                format!("{:?} {} {} {:?} {files:?}", of.spent, of.spent_tokens, of.threads, of.max_wait)
-            }),
-        }
+        Self { listeners, admin: config.admin, egress: config.egress.as_ref().map(|egress| egress.address) }
     }
 
     /// What is another in `next`.
@@ -77,11 +68,6 @@ impl Fixed {
             (self.listeners != next.listeners, "addresses of listeners"),
             (self.admin != next.admin, "admin.address"),
             (self.egress != next.egress, "egress.address"),
-            (self.threads != next.threads, "runtime.threads"),
-            (
-                self.tokens.is_some() && next.tokens.is_some() && self.tokens != next.tokens,
-                "where [privacy_pass] keeps spent tokens, how many, its threads or max_wait",
-            ),
         ];
         all.into_iter().filter(|(differs, _)| *differs).map(|(_, what)| what).collect()
     }
@@ -93,6 +79,8 @@ struct Reloader {
     shared: Arc<Shared>,
     fixed: Fixed,
     stores: Stores,
+    /// Those that requests may still be in: the one in use, and those that it came after.
+    origins: Vec<Weak<Origin>>,
     watch: Watch,
     /// Files that have changed and could not be taken: tried again at every look, for what was wrong may be in another file.
     pending: HashSet<PathBuf>,
@@ -107,7 +95,8 @@ pub(super) fn start(file: PathBuf, shared: Arc<Shared>, fixed: Fixed, stores: St
     };
     let (asker, mut asked) = mpsc::channel::<oneshot::Sender<Outcome>>(4);
     let watch = Watch::new(files(&shared.live.load()));
-    let mut reloader = Reloader { file, shared, fixed, stores, watch, pending: HashSet::new() };
+    let origins = shared.live.load().privacy_pass.iter().map(Arc::downgrade).collect();
+    let mut reloader = Reloader { file, shared, fixed, stores, origins, watch, pending: HashSet::new() };
     reloader.watch_anew();
     std::thread::Builder::new().name("reload".into()).spawn(move || {
         runtime.block_on(async {
@@ -125,6 +114,15 @@ pub(super) fn start(file: PathBuf, shared: Arc<Shared>, fixed: Fixed, stores: St
         });
     })?;
     Ok(asker)
+}
+
+/// Waits for a store that was begun with a moment ago: requests are not to find it without a connection. One that does not
+/// answer is put in use all the same, as at a start.
+async fn until_it_answers(fleet: &Fleet) {
+    let until = Instant::now() + ANSWERS_WITHIN;
+    while !fleet.is_up() && Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 /// The files of what is in use.
@@ -173,20 +171,31 @@ impl Reloader {
         let failed = |what: &str, e: &dyn std::fmt::Display| vec![format!("{at}: {what}: {e}")];
         let tls = Tls::new(&config, self.shared.own_secret).map_err(|e| failed("TLS", &e))?;
         let egress = LiveEgress::new(&config, before.egress.as_deref()).map_err(|e| failed("egress", &e))?;
+        let downloads = Downloads::of(config.proxy_download.as_ref(), before.downloads.as_ref());
+        let downloads = downloads.map_err(|e| failed("proxy_download", &e))?;
         let stores = Stores::of(&config);
         let (admission, fleet) = self.admission(&before, &config, &stores).map_err(|e| failed("limits", &e))?;
         self.shared.nodes.resolve_ahead(&config.upstream).await;
         let access_log = AccessLog::open(&config.access_log).map_err(|e| failed("access_log", &e))?;
-        let privacy_pass = self
-            .privacy_pass(&before, config.privacy_pass.take(), fleet.as_ref())
-            .map_err(|e| failed("privacy_pass", &e))?;
+        let other_fleet = fleet.as_ref().map(Arc::as_ptr) != before.fleet.as_ref().map(Arc::as_ptr);
+        if let Some(fleet) = fleet.as_ref().filter(|_| other_fleet) {
+            until_it_answers(fleet).await;
+        }
+        // The last that can fail: what is in use is changed by it.
+        let privacy_pass =
+            self.privacy_pass(config.privacy_pass.take(), fleet.as_ref()).map_err(|e| failed("privacy_pass", &e))?;
         // From here on nothing fails.
         self.shared.access_log.exchange(&access_log);
-        let upstream = config.upstream.clone();
-        let live = Live::new(config, admission, privacy_pass, fleet, Arc::new(tls), egress);
+        if other_fleet {
+            before.fleet.iter().for_each(|fleet| fleet.retire());
+            fleet.iter().for_each(|fleet| fleet.begin());
+        }
+        let (upstream, threads) = (config.upstream.clone(), config.threads);
+        let live = Live::new(config, admission, privacy_pass, fleet, Arc::new(tls), egress, downloads);
         self.shared.nodes.reload(upstream);
         self.shared.metrics.file_broken.reset();
         self.begin(live);
+        self.shared.threads.send_replace(threads);
         self.watch_anew();
         (self.fixed, self.stores) = (fixed, stores);
         self.shared.metrics.generation.inc();
@@ -215,11 +224,6 @@ impl Reloader {
         };
         let (fleet, secret) = match &stores.fleet {
             same if *same == self.stores.fleet => (before.fleet.clone(), before.admission.secret()),
-            _ if before.privacy_pass.as_ref().is_some_and(|origin| origin.is_of_a_fleet()) => {
-                let why =
-                    "spent tokens are kept in limits.redis: to change it takes a restart, or an upgrade (SIGUSR2)";
-                return Err(std::io::Error::other(why));
-            }
             Some((settings, secret)) => {
                 let metrics = self.shared.store_metrics().map_err(std::io::Error::other)?;
                 (Some(Arc::new(Fleet::start(settings.clone(), metrics)?)), *secret)
@@ -231,25 +235,25 @@ impl Reloader {
         Ok((Arc::new(Admission::new(config.policy.clone(), limiter, secret, counters())), fleet))
     }
 
-    /// The Origin: as it was, with other issuers, begun with, or none any more.
+    /// The Origin: as it was, with what is another in the configuration, begun with, or none any more.
     fn privacy_pass(
-        &self,
-        before: &Live,
+        &mut self,
         settings: Option<privacypass::Settings>,
         fleet: Option<&Arc<Fleet>>,
     ) -> std::io::Result<Option<Arc<Origin>>> {
-        match (&before.privacy_pass, settings) {
-            (_, None) => Ok(None),
-            (Some(origin), Some(settings)) if origin.can_become(&settings) => {
-                origin.reload(settings)?;
-                Ok(Some(origin.clone()))
-            }
-            // Of another epoch or secret no token of before is taken, so what is known of spent ones is of no use.
-            (_, Some(settings)) => {
-                let metrics = self.shared.privacy_pass_metrics().map_err(std::io::Error::other)?;
-                Origin::start(settings, fleet.cloned(), metrics).map(|origin| Some(Arc::new(origin)))
-            }
+        let Some(settings) = settings else { return Ok(None) };
+        self.origins.retain(|origin| origin.strong_count() > 0);
+        // One that was left goes on where requests are still in it: it knows which tokens they have in hand.
+        let known = self.origins.iter().filter_map(Weak::upgrade).find(|origin| origin.can_become(&settings));
+        if let Some(origin) = known {
+            origin.reload(settings, fleet.cloned())?;
+            return Ok(Some(origin));
         }
+        // Of another epoch or secret no token of before is taken, so what is known of spent ones is of no use.
+        let metrics = self.shared.privacy_pass_metrics().map_err(std::io::Error::other)?;
+        let origin = Arc::new(Origin::start(settings, fleet.cloned(), metrics)?);
+        self.origins.push(Arc::downgrade(&origin));
+        Ok(Some(origin))
     }
 
     /// Puts another in use.
@@ -329,6 +333,8 @@ impl Reloader {
         let tickets = Tls::tickets_of(&config, self.shared.own_secret);
         let tls = live.tls.with_tickets(tickets).map_err(|e| e.to_string())?;
         let egress = LiveEgress::new(&config, before.egress.as_deref()).map_err(|e| e.to_string())?;
+        let downloads = Downloads::of(config.proxy_download.as_ref(), before.downloads.as_ref());
+        live.downloads = downloads.map_err(|e| e.to_string())?;
         live.tls = Arc::new(tls);
         live.egress = egress;
         self.shared.nodes.reload(config.upstream);

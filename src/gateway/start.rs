@@ -1,10 +1,12 @@
 //! From a configuration to a running server, and from SIGTERM to its end.
 
 use super::connections::Connections;
+use super::download::Downloads;
 use super::egress::Egress;
 use super::forward::NodeTlsForms;
 use super::live::{Live, LiveEgress, Tls};
 use super::reload::{Fixed, Stores};
+use super::threads::{Seat, Threads};
 use super::upgrade::{From, Signals, Successor, Upgrade};
 use super::{Gateway, Shared, admin, door, egress, reload, upgrade};
 use crate::admission::Admission;
@@ -55,6 +57,9 @@ pub enum StartError {
     /// The door to other providers cannot be made.
     #[error("egress: {0}")]
     Egress(String),
+    /// Downloads cannot be made.
+    #[error("proxy_download: {0}")]
+    Download(String),
     /// The successor ended, and this process has given it the listening sockets.
     #[error("the successor has ended")]
     Successor,
@@ -307,6 +312,8 @@ fn server(
     let own_secret = crate::config::random().ok_or(StartError::Randomness)?;
     let tls = Arc::new(Tls::new(&config, own_secret)?);
     let egress_door = LiveEgress::new(&config, None).map_err(|e| StartError::Egress(e.to_string()))?;
+    let downloads = Downloads::of(config.proxy_download.as_ref(), None);
+    let downloads = downloads.map_err(|e| StartError::Download(e.to_string()))?;
     let access_log = AccessLog::open(&config.access_log).map_err(StartError::AccessLog)?;
     let nodes = Nodes::new(
         config.upstream.clone(),
@@ -317,7 +324,7 @@ fn server(
     let timeouts = config.timeouts;
     // As long as any request may take; `watch` ends the process before, unless there is a successor.
     let longest = timeouts.shutdown.max(timeouts.body_total + config.upstream.read_timeout * 2);
-    let live = Live::new(config, admission, privacy_pass, fleet, tls, egress_door);
+    let live = Live::new(config, admission, privacy_pass, fleet, tls, egress_door, downloads);
     let shared = Arc::new(Shared {
         live: ArcSwap::from_pointee(live),
         nodes: nodes.clone(),
@@ -330,11 +337,13 @@ fn server(
         metrics,
         draining: AtomicBool::new(false),
         succeeded: AtomicBool::new(false),
+        threads: tokio::sync::watch::Sender::new(threads),
     });
 
     let conf = ServerConf {
-        threads,
-        work_stealing: threads > 1,
+        // Of services that only wait: those of listeners have others ([`Threads`]).
+        threads: 1,
+        work_stealing: false,
         upstream_keepalive_pool_size: 1024,
         grace_period_seconds: Some(longest.as_secs().max(1)),
         graceful_shutdown_timeout_seconds: Some(1),
@@ -351,20 +360,22 @@ fn server(
         proxy.server_options = Some(door::server_options(shared.live.load().timeouts.keepalive));
         proxy.handle_init_modules();
         let door = door::Door { proxy: Arc::new(proxy), address, shared: shared.clone() };
-        let mut service = Service::new(format!("federation {address}"), door);
-        // rustls has buffers of its own, of the size of its records.
-        let buffers = L4BufferSettings::unbuffered();
-        service.add_listener(ListenerConfig::tcp(address.to_string()).l4_buffer(buffers));
-        server.add_service(service);
+        let listen = |service: &mut Service<Seat<door::Door>>, address: &str| {
+            // rustls has buffers of its own, of the size of its records.
+            let buffers = L4BufferSettings::unbuffered();
+            service.add_listener(ListenerConfig::tcp(address.to_owned()).l4_buffer(buffers));
+        };
+        let name = format!("federation {address}");
+        server.add_service(Threads::new(name, address, door, listen, shared.threads.subscribe()));
     }
     if let Some(address) = egress {
         let mut proxy = HttpProxy::new(Egress(shared.clone()), server.configuration.clone());
         proxy.server_options = Some(door::server_options(shared.live.load().timeouts.keepalive));
         proxy.handle_init_modules();
         let door = egress::EgressDoor { proxy: Arc::new(proxy), address, shared: shared.clone() };
-        let mut service = Service::new(format!("egress {address}"), door);
-        service.add_tcp(&address.to_string());
-        server.add_service(service);
+        let listen = |service: &mut Service<Seat<egress::EgressDoor>>, address: &str| service.add_tcp(address);
+        let name = format!("egress {address}");
+        server.add_service(Threads::new(name, address, door, listen, shared.threads.subscribe()));
     }
     let mut keeper = background_service("nodes", NodeKeeper(nodes));
     keeper.threads = Some(1);

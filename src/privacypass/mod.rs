@@ -33,6 +33,7 @@ use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderValue};
 use prometheus::{Histogram, IntCounter, IntGauge};
 use refused::Refused;
+use spent::Place;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -112,9 +113,12 @@ impl Metrics {
 pub struct Origin {
     challenges: ArcSwap<Challenges>,
     secret: Vec<u8>,
+    /// Nobody else has the secret: it ends with this.
+    own_secret: bool,
     /// Nothing else would be the same after a change of it: files, and what is remembered.
     epoch: Duration,
-    pool: Pool,
+    /// Whoever waits for one that was exchanged has it until it is done.
+    pool: ArcSwap<Pool>,
     refused: Refused,
     spent: Arc<Spent>,
     metrics: Metrics,
@@ -141,6 +145,28 @@ fn halves(key: [u8; 16]) -> (u64, u64) {
     ((both >> 64) as u64, both as u64)
 }
 
+fn missing(what: &str) -> std::io::Error {
+    std::io::Error::other(format!("there is no {what}"))
+}
+
+/// Where an operator has spent tokens kept, for challenges under a secret.
+fn place(
+    spent: SpentIn,
+    fleet: Option<Arc<Fleet>>,
+    secret: &[u8],
+    epoch: Duration,
+    keep_for: Duration,
+) -> std::io::Result<Place> {
+    Ok(match spent {
+        SpentIn::Memory => Place::Memory,
+        SpentIn::Files(dir) => {
+            let mark = [&b"moh-gateway spent tokens of "[..], &epoch.as_nanos().to_be_bytes()].concat();
+            Place::Files { dir, mark: derive(secret, &mark), keep_for }
+        }
+        SpentIn::Fleet(without) => Place::Fleet(fleet.ok_or_else(|| missing("[limits.redis]"))?, without),
+    })
+}
+
 // === impl Origin ===
 
 impl Origin {
@@ -149,7 +175,7 @@ impl Origin {
     /// # Errors
     /// What is not to be had: threads, files, randomness, or the fleet that spent tokens should be kept with.
     pub fn start(settings: Settings, fleet: Option<Arc<Fleet>>, metrics: Metrics) -> std::io::Result<Self> {
-        let missing = |what: &str| std::io::Error::other(format!("there is no {what}"));
+        let own_secret = settings.secret.is_none();
         let secret = match settings.secret {
             Some(secret) => secret,
             None => crate::config::random::<32>().ok_or_else(|| missing("randomness"))?.to_vec(),
@@ -162,28 +188,17 @@ impl Origin {
             settings.issuers.into_iter().map(Arc::new).collect(),
         );
         let keys = halves(derive(&secret, b"moh-gateway spent tokens"));
-        let spent = Spent::new(settings.spent_tokens, keys, metrics.spent.clone());
-        let spent = match settings.spent {
-            SpentIn::Memory => spent,
-            SpentIn::Files(dir) => {
-                let mark = [&b"moh-gateway spent tokens of "[..], &settings.epoch.as_nanos().to_be_bytes()].concat();
-                let (mark, current) = (derive(&secret, &mark), challenges.epoch_at(unix_now()));
-                spent.with_files(&dir, mark, current, challenges.accepted_for())?
-            }
-            SpentIn::Fleet(without) => {
-                let fleet = fleet.ok_or_else(|| missing("[limits.redis]"))?;
-                fleet.warn_of_eviction();
-                spent.with_fleet(fleet, without)
-            }
-        };
-        let spent = Arc::new(spent);
+        let spent = Arc::new(Spent::new(settings.spent_tokens, keys, metrics.spent.clone()));
+        let (epoch, keep_for) = (settings.epoch, challenges.accepted_for());
+        spent.move_to(place(settings.spent, fleet, &secret, epoch, keep_for)?, challenges.epoch_at(unix_now()))?;
         Spent::keep_room(&spent, settings.epoch)?;
         let bad = crate::config::random().ok_or_else(|| missing("randomness"))?;
         let origin = Self {
             challenges: ArcSwap::from_pointee(challenges),
             secret,
+            own_secret,
             epoch: settings.epoch,
-            pool: Pool::start(settings.threads, settings.max_wait)?,
+            pool: ArcSwap::from_pointee(Pool::start(settings.threads, settings.max_wait)?),
             refused: Refused::new(halves(bad)),
             spent,
             metrics,
@@ -219,24 +234,24 @@ impl Origin {
         Ok(())
     }
 
-    /// Whether [`Origin::reload`] can make this of it: the epoch and the secret stay. What is spent is known by them.
+    /// Whether [`Origin::reload`] can make this of it: the epoch and the secret stay. What is spent is known by them. A secret
+    /// that others have, too, does not stay where none is named: what is then known of spent tokens ends with the process, and
+    /// challenges are not to outlive it.
     pub fn can_become(&self, settings: &Settings) -> bool {
-        settings.epoch == self.epoch && settings.secret.as_ref().is_none_or(|secret| *secret == self.secret)
+        let same = settings.secret.as_ref().map_or(self.own_secret, |secret| *secret == self.secret);
+        same && settings.epoch == self.epoch
     }
 
-    /// Whether spent tokens are kept in the store of a fleet.
-    pub fn is_of_a_fleet(&self) -> bool {
-        self.spent.is_of_a_fleet()
-    }
-
-    /// Takes over what a configuration says of issuers, origin and bindings; the rest takes a restart. Directories are asked
-    /// at once. Issuers keep what their directories have said so far.
+    /// Takes over what a configuration says: issuers, origin and bindings, where spent tokens are kept and how many, and what
+    /// verifies. Directories are asked at once. Issuers keep what their directories have said so far; no token that is spent
+    /// or in hand is taken again, and none is lost that is on its way.
     ///
     /// # Errors
-    /// The epoch or the secret is another: what is spent is known by them. Or there are no threads to be had.
-    pub fn reload(&self, settings: Settings) -> std::io::Result<()> {
+    /// The epoch or the secret is another: what is spent is known by them. Or what is not to be had: threads, files, or the
+    /// fleet. Then nothing has changed.
+    pub fn reload(&self, settings: Settings, fleet: Option<Arc<Fleet>>) -> std::io::Result<()> {
         if !self.can_become(&settings) {
-            return Err(std::io::Error::other("another epoch or secret takes a restart"));
+            return Err(std::io::Error::other("another epoch or secret is another Origin's"));
         }
         let before = self.challenges.load_full();
         let succeed = |new: Issuer| {
@@ -253,12 +268,23 @@ impl Origin {
         };
         let issuers = settings.issuers.into_iter().map(succeed).collect();
         let challenges = Challenges::new(settings.origin, self.epoch, settings.bound_to, &self.secret, issuers);
+        let place = place(settings.spent, fleet, &self.secret, self.epoch, challenges.accepted_for())?;
+        let pool = match self.pool.load().is_of(settings.threads, settings.max_wait) {
+            true => None,
+            false => Some(Pool::start(settings.threads, settings.max_wait)?),
+        };
         self.ask_directories(&challenges, before.issuers())?;
+        self.spent.move_to(place, challenges.epoch_at(unix_now()))?;
+        // From here on nothing fails.
+        self.spent.set_capacity(settings.spent_tokens);
+        if let Some(pool) = pool {
+            self.pool.store(Arc::new(pool));
+        }
         self.challenges.store(Arc::new(challenges));
         Ok(())
     }
 
-    /// Waits, for a second or two at most, until tokens that were given back are so for everyone: before the process ends.
+    /// Waits, for some seconds at most, until tokens that were given back are so for everyone: before the process ends.
     pub fn settle(&self) {
         self.spent.settle();
     }
@@ -301,11 +327,13 @@ impl Origin {
         let timer = self.metrics.seconds.start_timer();
         let nonce = *token.nonce();
         let key = known.key;
-        let Ok((verifies, token)) = self.pool.run(kind, move || (key.verifies(&token), token)).await else {
+        let pool = self.pool.load_full();
+        let Ok((verifies, token)) = pool.run(kind, move || (key.verifies(&token), token)).await else {
             timer.stop_and_discard();
             self.metrics.shed.inc();
             return Err(TokenProblem::Busy);
         };
+        drop(pool);
         if !verifies {
             self.refused.insert(token.octets());
             return Err(TokenProblem::BadAuthenticator);
@@ -353,5 +381,110 @@ pub(crate) mod vectors {
 
     pub(crate) fn octets(vector: &serde_json::Value, field: &str) -> Vec<u8> {
         hex::decode(vector[field].as_str().unwrap()).unwrap()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use privacypass::TokenType;
+    use std::sync::mpsc;
+
+    const KIND: TokenType = TokenType::PrivateRistretto255;
+
+    fn settings(secret: Option<&[u8]>, spent: SpentIn) -> Settings {
+        Settings {
+            origin: "o.example".into(),
+            epoch: Duration::from_secs(3600),
+            bound_to: BoundTo::Origin,
+            secret: secret.map(<[u8]>::to_vec),
+            issuers: vec![Issuer::of_keys("i.example".into(), KIND, vec![Key::voprf(KIND, &[1; 32]).unwrap()])],
+            spent,
+            spent_tokens: 10,
+            threads: 1,
+            max_wait: Duration::from_secs(5),
+        }
+    }
+
+    fn start(settings: Settings) -> std::io::Result<Origin> {
+        let metrics = crate::telemetry::Metrics::new(&[]).unwrap();
+        Origin::start(settings, None, metrics.privacy_pass().unwrap())
+    }
+
+    #[test]
+    fn a_secret_that_others_have_ends_where_none_is_named() {
+        let memory = |secret: Option<&'static [u8]>| settings(secret, SpentIn::Memory);
+        let own = start(memory(None)).unwrap();
+        assert!(own.can_become(&memory(None)) && !own.can_become(&memory(Some(b"secret"))));
+        let named = start(memory(Some(b"secret"))).unwrap();
+        assert!(named.can_become(&memory(Some(b"secret"))));
+        assert!(!named.can_become(&memory(Some(b"another"))) && !named.can_become(&memory(None)));
+        let longer = Settings { epoch: Duration::from_secs(7200), ..memory(Some(b"secret")) };
+        assert!(!named.can_become(&longer) && named.reload(longer, None).is_err());
+    }
+
+    #[test]
+    fn two_origins_have_files_in_one_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = |secret: &'static [u8]| settings(Some(secret), SpentIn::Files(dir.path().into()));
+        let one = start(files(b"one")).unwrap();
+        let (now, nonce) = (one.challenges.load().epoch_at(unix_now()), [1; 32]);
+        let spend = |origin: &Origin| {
+            let token = Spent::reserve(&origin.spent, nonce, now, now)?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(token.claim(Duration::from_secs(60)))?.keep();
+            Ok::<_, TokenProblem>(())
+        };
+        spend(&one).unwrap();
+        let two = start(files(b"two")).unwrap();
+        spend(&two).unwrap();
+        let error = start(files(b"one")).unwrap_err().to_string();
+        assert!(error.contains("another gateway has it"), "{error}");
+        drop(one);
+        let again = start(files(b"one")).unwrap();
+        assert_eq!(spend(&again), Err(TokenProblem::Spent));
+        assert_eq!(spend(&two), Err(TokenProblem::Spent));
+    }
+
+    #[tokio::test]
+    async fn a_reload_exchanges_the_pool_and_the_number_of_tokens() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = || settings(Some(b"secret"), SpentIn::Files(dir.path().into()));
+        let origin = start(files()).unwrap();
+        let (go, held) = mpsc::channel::<()>();
+        let before = origin.pool.load_full();
+        let waits = before.clone();
+        let under_way = tokio::spawn(async move { waits.run(KIND, move || held.recv().is_ok()).await });
+        // The same again is no other.
+        origin.reload(files(), None).unwrap();
+        assert!(Arc::ptr_eq(&before, &origin.pool.load_full()));
+        for (n, other) in [
+            Settings { threads: 2, ..files() },
+            Settings { max_wait: Duration::from_secs(4), threads: 2, ..files() },
+            Settings { spent_tokens: 1, ..files() },
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let pool = origin.pool.load_full();
+            origin.reload(other, None).unwrap();
+            assert!(!Arc::ptr_eq(&pool, &origin.pool.load_full()), "{n}");
+            assert_eq!(origin.pool.load_full().run(KIND, || 7).await, Ok(7), "{n}: while the first is at work");
+        }
+        drop(before);
+        go.send(()).unwrap();
+        assert_eq!(under_way.await.unwrap(), Ok(true));
+        let now = origin.challenges.load().epoch_at(unix_now());
+        Spent::reserve(&origin.spent, [1; 32], now, now).unwrap().keep();
+        assert_eq!(Spent::reserve(&origin.spent, [2; 32], now, now).unwrap_err(), TokenProblem::StoreFull);
+        // What is not to be had changes nothing.
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let pool = origin.pool.load_full();
+        let elsewhere = Settings { spent: SpentIn::Files(file), ..files() };
+        assert!(origin.reload(elsewhere, None).is_err());
+        assert!(origin.reload(Settings { spent: SpentIn::Fleet(WithoutStore::Closed), ..files() }, None).is_err());
+        assert!(Arc::ptr_eq(&pool, &origin.pool.load_full()));
+        assert_eq!(Spent::reserve(&origin.spent, [2; 32], now, now).unwrap_err(), TokenProblem::StoreFull);
     }
 }

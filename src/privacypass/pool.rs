@@ -44,9 +44,10 @@ type Told = Box<dyn FnOnce() + Send>;
 pub struct Pool {
     shared: Arc<Shared>,
     load: Arc<Load>,
+    threads: usize,
+    max_wait: Duration,
     /// Nanoseconds of work that may wait.
     bound: u64,
-    patience: Duration,
 }
 
 #[derive(Debug)]
@@ -185,7 +186,12 @@ impl Pool {
         let bound = max_wait.as_nanos().saturating_mul(threads as u128);
         let load = Arc::new(Load { waiting: AtomicU64::new(0), cost });
         let bound = u64::try_from(bound).unwrap_or(u64::MAX);
-        Ok(Self { shared, load, bound, patience: max_wait + GRACE })
+        Ok(Self { shared, load, threads, max_wait, bound })
+    }
+
+    /// Whether [`Pool::start`] would make another like it.
+    pub fn is_of(&self, threads: usize, max_wait: Duration) -> bool {
+        (self.threads, self.max_wait) == (threads.max(1), max_wait)
     }
 
     /// Does a token's work on one of the threads. Where its request has gone away meanwhile, it is not done.
@@ -216,7 +222,7 @@ impl Pool {
             Box::new(move || drop(done.send(of)))
         };
         self.shared.jobs.push(Box::new(job)).map_err(|_| Busy)?;
-        match tokio::time::timeout(self.patience, answer).await {
+        match tokio::time::timeout(self.max_wait + GRACE, answer).await {
             Ok(Ok(of)) => Ok(of),
             Ok(Err(_)) | Err(_) => Err(Busy),
         }
@@ -224,6 +230,7 @@ impl Pool {
 }
 
 impl Drop for Pool {
+    /// Nobody waits for it any more: threads end with what they have.
     fn drop(&mut self) {
         self.shared.ended.store(true, Ordering::Relaxed);
     }

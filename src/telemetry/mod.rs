@@ -103,6 +103,8 @@ pub struct Metrics {
     pub file_reloads: IntCounterVec,
     /// 1 while the newest content of a file is not in use because it is broken.
     pub file_broken: IntGaugeVec,
+    /// Octets of bodies that are held until it is known what they are.
+    pub held: IntGauge,
     /// Requests of this provider's nodes to others, by how they ended.
     pub egress: IntCounterVec,
     /// Access log lines lost because the writer could not keep up.
@@ -247,6 +249,10 @@ impl Metrics {
                 "file_broken",
                 "1 while what a file holds now is not in use because it is broken.",
                 &["file"],
+            )?,
+            held: gauge(
+                "held_body_octets",
+                "Octets of bodies that are held until enough of them has come to decide; see connections.held_bodies.",
             )?,
             egress: counters(
                 "egress_requests_total",

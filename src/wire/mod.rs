@@ -9,8 +9,10 @@
 
 pub mod mls;
 mod name;
+mod uri;
 
 pub use name::{InvalidName, ProviderName};
+pub use uri::{InvalidUri, Uri};
 
 /// Why a body cannot be read. `field` is a name of `wire.md`; `offset` counts octets from the start of the body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -201,6 +203,13 @@ impl<'a> Reader<'a> {
             offset,
             reason,
         })
+    }
+
+    /// An `opaque uri<V>`: a room or user (`IdentifierUri` of draft-ietf-mimi-protocol-06 §5.2).
+    #[inline]
+    pub fn uri(&mut self, field: &'static str) -> Result<Uri<'a>> {
+        let offset = self.offset;
+        Uri::from_bytes(self.vector(field)?).map_err(|InvalidUri(reason)| Error::Malformed { field, offset, reason })
     }
 }
 

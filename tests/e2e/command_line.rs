@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-fn run(args: &[&str], input: &[u8]) -> Output {
+pub fn run(args: &[&str], input: &[u8]) -> Output {
     let mut child = Command::new(binary())
         .args(args)
         .stdin(Stdio::piped())
@@ -22,7 +22,8 @@ fn run(args: &[&str], input: &[u8]) -> Output {
     output
 }
 
-fn check(path: &Path) -> (bool, String) {
+/// Whether a configuration is good, and what is said of it.
+pub fn check(path: &Path) -> (bool, String) {
     let output = run(&["check", "--config", path.to_str().unwrap()], b"");
     (output.status.success(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
 }

@@ -441,7 +441,7 @@ async fn serve(
 }
 
 /// A place where nobody should come; how many did.
-async fn trap(at: SocketAddr) -> Option<(SocketAddr, Arc<AtomicUsize>)> {
+pub async fn trap(at: SocketAddr) -> Option<(SocketAddr, Arc<AtomicUsize>)> {
     let listener = TcpListener::bind(at).await.ok()?;
     let (addr, came) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
     let count = came.clone();

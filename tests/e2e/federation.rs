@@ -22,7 +22,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tempfile::TempDir;
@@ -1219,6 +1219,61 @@ async fn generations_by_signal_and_by_request() {
     assert_eq!(client.connections(), 1);
 }
 
+/// Threads that serve, those that do no more included.
+fn serving(gateway: &Gateway) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", gateway.pid())).unwrap();
+    let name = |task: std::io::Result<std::fs::DirEntry>| std::fs::read_to_string(task.unwrap().path().join("comm"));
+    tasks.filter_map(|task| name(task).ok()).filter(|name| name.trim() == "serve").count()
+}
+
+#[tokio::test]
+async fn threads_are_exchanged_under_requests() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    let clients = both(|| gateway.peer());
+    for client in &clients {
+        assert_eq!(status(client, "a.example").await, 200);
+    }
+    let before = serving(&gateway);
+    assert!(before >= 2);
+    let (mut from, mut all) = ("threads = 2", before);
+    for (n, to) in ["threads = 3", "threads = 1", "threads = 4"].into_iter().enumerate() {
+        let over = AtomicBool::new(false);
+        let load = async |kept: Client| {
+            let mut answers = 0;
+            while !over.load(SeqCst) {
+                assert_eq!(status(&kept, "a.example").await, 200);
+                assert_eq!(status(&gateway.peer(), "a.example").await, 200);
+                answers += 2;
+            }
+            answers
+        };
+        let change = async {
+            edit(&gateway, from, to);
+            assert_eq!(post(&gateway).await.status, 200, "{to}");
+            assert_eq!(gateway.metric(GENERATION).await, (n + 2) as f64);
+            let more: usize = to.rsplit(' ').next().unwrap().parse().unwrap();
+            let until = Instant::now() + Duration::from_secs(5);
+            while serving(&gateway) < all + more {
+                assert!(Instant::now() < until, "{to}: {} threads", serving(&gateway));
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            all += more;
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            over.store(true, SeqCst);
+        };
+        let (first, second, ()) = tokio::join!(load(gateway.peer().http1()), load(gateway.peer().http2()), change);
+        assert!(first > 0 && second > 0);
+        from = to;
+    }
+    // Who was there before has noticed nothing.
+    for client in &clients {
+        assert_eq!(status(client, "a.example").await, 200);
+        assert_eq!(client.connections(), 1);
+    }
+    assert!(!gateway.stderr().contains("the threads stay as they are"), "{}", gateway.stderr());
+}
+
 #[tokio::test]
 async fn a_bad_configuration_changes_nothing() {
     let ds = Ds::start().await;
@@ -1289,7 +1344,6 @@ async fn what_takes_a_restart_is_refused() {
         (at(gateway.addr), at(other), "listener"),
         ("[admin]".to_owned(), listener(other, "") + "[admin]", "listener"),
         (at(gateway.admin), at(other), "admin.address"),
-        ("threads = 2".into(), "threads = 3".into(), "runtime.threads"),
         (
             "[admin]".into(),
             format!("[egress]\naddress = \"127.0.0.1:{}\"\nca = \"ca.pem\"\n[admin]", other.port()),

@@ -13,6 +13,7 @@ mod support;
 
 mod abuse;
 mod command_line;
+mod download;
 mod egress;
 mod federation;
 mod fleet;
@@ -23,6 +24,7 @@ mod interop;
 mod issuers;
 mod learned;
 mod limits;
+mod mimi;
 mod nodes;
 mod outside;
 mod refusals;

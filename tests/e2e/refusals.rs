@@ -8,7 +8,7 @@ use http::Method;
 
 const TYPE: &str = "tag:moh-gateway.example,2026:problem:";
 
-fn is_problem(response: &Response, status: u16, reason: &str) {
+pub fn is_problem(response: &Response, status: u16, reason: &str) {
     assert_eq!(response.status, status, "{}", response.text());
     assert_eq!(response.header("content-type"), Some("application/problem+json"));
     let document = response.json();
@@ -17,7 +17,7 @@ fn is_problem(response: &Response, status: u16, reason: &str) {
     assert!(document["title"].as_str().is_some_and(|title| !title.is_empty()));
 }
 
-fn both(client: impl Fn() -> Client) -> [Client; 2] {
+pub fn both(client: impl Fn() -> Client) -> [Client; 2] {
     [client().http1(), client().http2()]
 }
 

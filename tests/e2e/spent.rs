@@ -6,20 +6,97 @@ use crate::support::ds::Ds;
 use crate::support::redis::{FaultProxy, Mode, Redis};
 use crate::support::tokens::{Issuer, authorization, challenges};
 use crate::tokens::{REQUIRED, ask, outcome};
+use http::Method;
 use privacypass::TokenType;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 const SECRET: &[u8] = b"a secret that is the same on all nodes";
 
+const GENERATION: &str = "moh_gateway_config_generation";
+
+const FILES: &str = "spent = \"files\"\nstate = \"state\"";
+
 /// A gateway that takes the tokens of an issuer, with a secret that others have too.
 async fn gateway(ds: &Ds, issuer: &Issuer, settings: &str) -> Gateway {
+    gateway_of(Setup::of(ds), issuer, settings).await
+}
+
+async fn gateway_of(setup: Setup, issuer: &Issuer, settings: &str) -> Gateway {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("secret"), SECRET).unwrap();
     issuer.write(dir.path(), "key");
     let pass = format!("[privacy_pass]\nsecret_file = \"secret\"\nmax_wait = \"5s\"\n{settings}\n");
-    Gateway::start_in(dir, Setup::of(ds).with(REQUIRED).with(&pass).with(&issuer.table("key"))).await
+    Gateway::start_in(dir, setup.with(REQUIRED).with(&pass).with(&issuer.table("key"))).await
+}
+
+/// Writes other settings in the place of these, and has them taken.
+async fn change(gateway: &Gateway, from: &str, to: &str) {
+    let file = gateway.dir.path().join("gateway.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains(from), "no {from:?} in {text}");
+    std::fs::write(&file, text.replacen(from, to, 1)).unwrap();
+    reload(gateway).await;
+}
+
+async fn reload(gateway: &Gateway) {
+    let before = gateway.metric(GENERATION).await;
+    let answer = Client::plain(gateway.admin).http1().send(Method::POST, "/reload", "").await.unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(gateway.metric(GENERATION).await, before + 1.0);
+}
+
+/// Spends tokens, and none is refused.
+async fn spend(gateway: &Gateway, all: &[String]) {
+    let client = gateway.stranger();
+    for token in all {
+        assert_eq!(outcome(&ask(&client, &[token]).await), (200, String::new()));
+    }
+}
+
+/// Brings tokens that are refused, each for this.
+async fn refused(gateway: &Gateway, all: &[String], problem: &str) {
+    let client = gateway.stranger();
+    for token in all {
+        assert_eq!(outcome(&ask(&client, &[token]).await), (401, problem.to_owned()));
+    }
+}
+
+/// Spends tokens while something is changed, and none is refused. Those that were spent, and their number is not small.
+async fn spend_during(gateway: &Gateway, issuer: &Issuer, change: impl Future<Output = ()>) -> Vec<String> {
+    let mut all = vec![];
+    for _ in 0..4 {
+        all.extend(tokens(&gateway.stranger(), issuer, 100).await);
+    }
+    let (over, spent) = (AtomicBool::new(false), std::sync::Mutex::new(vec![]));
+    let load = async |tokens: &[String]| {
+        let client = gateway.stranger();
+        for token in tokens {
+            if over.load(SeqCst) {
+                return;
+            }
+            assert_eq!(outcome(&ask(&client, &[token]).await), (200, String::new()));
+            spent.lock().unwrap().push(token.clone());
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    let change = async {
+        while spent.lock().unwrap().len() < 5 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        change.await;
+        let so_far = spent.lock().unwrap().len();
+        // Until some were spent after it, too, if there are any left.
+        while spent.lock().unwrap().len() < (so_far + 5).min(all.len()) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        over.store(true, SeqCst);
+    };
+    let (one, two) = all.split_at(all.len() / 2);
+    tokio::join!(load(one), load(two), change);
+    spent.into_inner().unwrap()
 }
 
 fn redis(addr: SocketAddr, more: &str) -> String {
@@ -192,7 +269,7 @@ async fn a_store_that_may_forget_is_warned_of() {
 async fn files_outlive_every_end_of_the_process() {
     let ds = Ds::start().await;
     let issuer = Issuer::of("issuer.example", TokenType::PrivateRistretto255);
-    let mut gateway = gateway(&ds, &issuer, "spent = \"files\"\nstate = \"state\"").await;
+    let mut gateway = gateway(&ds, &issuer, FILES).await;
     let all = tokens(&gateway.stranger(), &issuer, 30).await;
     let (before, after) = all.split_at(20);
     for (n, token) in before.iter().enumerate() {
@@ -246,4 +323,174 @@ async fn a_request_that_a_node_left_untouched_and_none_will_have_keeps_its_token
             assert_eq!(answer.status, expected, "{}", answer.text());
         }
     }
+}
+
+// === Reload ===
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_moves_what_is_spent_and_no_token_is_taken_twice() {
+    let ds = Ds::start().await;
+    let (a, b) = (Redis::start().await, Redis::start().await);
+    let issuer = Issuer::of("issuer.example", TokenType::PrivateRistretto255);
+    let stores = [redis(a.addr(), ""), redis(b.addr(), "")];
+    let [in_a, in_b] = [&*stores[0], &*stores[1]];
+    let mut moving = gateway(&ds, &issuer, in_a).await;
+    let staying = gateway(&ds, &issuer, in_a).await;
+    until_up(&moving).await;
+    until_up(&staying).await;
+    let mut spent = vec![];
+    for (n, (from, to)) in [(in_a, in_b), (in_b, FILES), (FILES, in_b), (in_b, in_a)].into_iter().enumerate() {
+        let here = tokens(&moving.stranger(), &issuer, 20).await;
+        // What was spent on another node is known to the store alone.
+        let elsewhere = tokens(&moving.stranger(), &issuer, 20).await;
+        spend(&moving, &here).await;
+        spend(&staying, &elsewhere).await;
+        let during = spend_during(&moving, &issuer, change(&moving, from, to)).await;
+        assert!(during.len() >= 10, "{n}: {}", during.len());
+        for all in [&here, &elsewhere, &during] {
+            refused(&moving, all, "token-spent").await;
+        }
+        let fresh = tokens(&moving.stranger(), &issuer, 20).await;
+        spend(&moving, &fresh).await;
+        refused(&moving, &fresh, "token-spent").await;
+        // Who has not moved yet, as in a fleet that is reloaded one after the other.
+        for all in [&here, &fresh, &during] {
+            refused(&staying, all, "token-spent").await;
+        }
+        spent.extend([here, elsewhere, during, fresh].concat());
+    }
+    assert_eq!(moving.metric(GENERATION).await, 5.0);
+    assert_eq!(ds.complete(), spent.len(), "each once");
+
+    // Into files, which know after a restart all that this node did.
+    let last = tokens(&moving.stranger(), &issuer, 20).await;
+    spend(&moving, &last).await;
+    change(&moving, in_a, FILES).await;
+    moving.restart("-KILL").await;
+    refused(&moving, &last, "token-spent").await;
+    assert_eq!(ds.complete(), spent.len() + last.len());
+}
+
+#[tokio::test]
+async fn a_store_by_another_name_or_with_other_settings_is_the_same() {
+    let (ds, store) = (Ds::start().await, Redis::start().await);
+    let issuer = Issuer::of("issuer.example", TokenType::PrivateRistretto255);
+    let between = FaultProxy::start(store.addr()).await;
+    let (plain, local) = (redis(store.addr(), ""), redis(store.addr(), "on_store_failure = \"local\""));
+    let by_proxy = redis(between.addr(), "on_store_failure = \"local\"");
+    let hasty = by_proxy.replace("500ms", "400ms");
+    let gateway = gateway(&ds, &issuer, &plain).await;
+    until_up(&gateway).await;
+    for (from, to) in [(&plain, &local), (&local, &by_proxy), (&by_proxy, &hasty)] {
+        let before = tokens(&gateway.stranger(), &issuer, 20).await;
+        spend(&gateway, &before).await;
+        let during = spend_during(&gateway, &issuer, change(&gateway, from, to)).await;
+        for all in [&before, &during] {
+            refused(&gateway, all, "token-spent").await;
+        }
+        let fresh = tokens(&gateway.stranger(), &issuer, 20).await;
+        spend(&gateway, &fresh).await;
+    }
+    // The store that is in use is the one that is spoken of, whatever becomes of the one before.
+    let other = Redis::start().await;
+    let in_other = redis(other.addr(), "on_store_failure = \"local\"");
+    change(&gateway, &hasty, &in_other).await;
+    between.set(Mode::Blackhole);
+    store.kill();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(gateway.metric("moh_gateway_limit_store_up").await, 1.0);
+    spend(&gateway, &tokens(&gateway.stranger(), &issuer, 5).await).await;
+}
+
+#[tokio::test]
+async fn a_reload_takes_threads_waits_and_numbers_of_tokens() {
+    let ds = Ds::start().await;
+    let issuer = Issuer::of("issuer.example", TokenType::PrivateRistretto255);
+    let few = format!("{FILES}\nthreads = 1\nspent_tokens = 10");
+    let many = format!("{FILES}\nthreads = 3\nspent_tokens = 10000");
+    let gateway = gateway(&ds, &issuer, &few).await;
+    let all = tokens(&gateway.stranger(), &issuer, 11).await;
+    let (first, last) = all.split_at(10);
+    spend(&gateway, first).await;
+    assert_eq!(outcome(&ask(&gateway.stranger(), &[&last[0]]).await), (503, "token-store-full".into()));
+    change(&gateway, &few, &many).await;
+    spend(&gateway, last).await;
+    let during = spend_during(&gateway, &issuer, async {
+        for (from, to) in [("max_wait = \"5s\"", "max_wait = \"4s\""), ("threads = 3", "threads = 1")] {
+            change(&gateway, from, to).await;
+        }
+    })
+    .await;
+    for spent in [&all, &during] {
+        refused(&gateway, spent, "token-spent").await;
+    }
+    change(&gateway, "spent_tokens = 10000", "spent_tokens = 5").await;
+    let more = tokens(&gateway.stranger(), &issuer, 1).await;
+    assert_eq!(outcome(&ask(&gateway.stranger(), &[&more[0]]).await), (503, "token-store-full".into()));
+    refused(&gateway, &all, "token-spent").await;
+    assert_eq!(ds.complete(), all.len() + during.len());
+}
+
+#[tokio::test]
+async fn another_secret_takes_the_files_directory_from_a_request_under_way() {
+    let ds = Ds::start().await;
+    let issuer = Issuer::of("issuer.example", TokenType::PrivateRistretto255);
+    let setup = Setup { delivery: "connect_timeout = \"1s\"\nread_timeout = \"10s\"", ..Setup::of(&ds) };
+    let mut gateway = gateway_of(setup, &issuer, FILES).await;
+    let old = tokens(&gateway.stranger(), &issuer, 20).await;
+    let (spent, fresh) = old.split_at(10);
+    spend(&gateway, &spent[1..]).await;
+    ds.hang(true);
+    let (client, token, begun) = (gateway.stranger(), spent[0].clone(), ds.begun());
+    let under_way = tokio::spawn(async move { outcome(&ask(&client, &[&token]).await) });
+    assert!(ds.until(|ds| ds.begun() > begun).await);
+    let secret = gateway.dir.path().join("secret");
+    std::fs::write(&secret, b"another secret that is no less long!").unwrap();
+    reload(&gateway).await;
+    refused(&gateway, &old, "token-wrong-challenge").await;
+    let new = tokens(&gateway.stranger(), &issuer, 20).await;
+    // The first secret again: the request is under way still, and its token is in hand.
+    std::fs::write(&secret, SECRET).unwrap();
+    reload(&gateway).await;
+    refused(&gateway, spent, "token-spent").await;
+    refused(&gateway, &new, "token-wrong-challenge").await;
+    ds.hang(false);
+    assert_eq!(under_way.await.unwrap(), (200, String::new()));
+    spend(&gateway, fresh).await;
+    // And once more, with nothing under way; what is spent is in files.
+    let none = vec![];
+    for (to, good, bad) in [(&b"another secret that is no less long!"[..], &new, &old), (SECRET, &none, &new)] {
+        std::fs::write(&secret, to).unwrap();
+        reload(&gateway).await;
+        refused(&gateway, bad, "token-wrong-challenge").await;
+        spend(&gateway, good).await;
+    }
+    refused(&gateway, &old, "token-spent").await;
+    gateway.restart("-KILL").await;
+    refused(&gateway, &old, "token-spent").await;
+    assert_eq!(ds.complete(), old.len() + new.len());
+}
+
+#[tokio::test]
+async fn a_secret_of_this_process_and_one_of_a_fleet_are_two() {
+    let (ds, store) = (Ds::start().await, Redis::start().await);
+    let issuer = Issuer::of("issuer.example", TokenType::PrivateRistretto255);
+    let own = "max_wait = \"5s\"\nspent = \"memory\"";
+    let shared = format!("max_wait = \"5s\"\nsecret_file = \"secret\"\n{}", redis(store.addr(), ""));
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("secret"), SECRET).unwrap();
+    issuer.write(dir.path(), "key");
+    let setup = Setup::of(&ds).with(REQUIRED).with(&format!("[privacy_pass]\n{own}\n")).with(&issuer.table("key"));
+    let gateway = Gateway::start_in(dir, setup).await;
+    let mut before = tokens(&gateway.stranger(), &issuer, 20).await;
+    spend(&gateway, &before[..10]).await;
+    for (from, to) in [(own, &*shared), (&*shared, own)] {
+        change(&gateway, from, to).await;
+        // Spent or not: it is for challenges that nobody would send any more.
+        refused(&gateway, &before, "token-wrong-challenge").await;
+        before = tokens(&gateway.stranger(), &issuer, 20).await;
+        spend(&gateway, &before).await;
+        refused(&gateway, &before, "token-spent").await;
+    }
+    assert_eq!(ds.complete(), 50);
 }

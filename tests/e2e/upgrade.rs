@@ -419,6 +419,13 @@ async fn a_successor_has_successors_too() {
     let mut service = Service::start(Path::new(binary()), &under_load(&ds)).await;
     let (load, clients) = Load::begin(service.addr);
     let mut all = vec![service.process.pid()];
+    // A listener's socket goes from threads to threads, and from process to process.
+    let file = service.process.dir.path().join("gateway.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains("threads = 2"));
+    std::fs::write(&file, text.replace("threads = 2", "threads = 3")).unwrap();
+    let admin = Client::plain(service.process.admin).http1();
+    assert_eq!(admin.send(Method::POST, "/reload", "").await.unwrap().status, 200);
     for _ in 0..3 {
         // Those before it still have connections.
         load.goes_on(5).await;

@@ -17,6 +17,7 @@ pub mod ds_process;
 pub mod encode;
 pub mod frames;
 pub mod issuing;
+pub mod mimi;
 pub mod mls;
 pub mod pki;
 pub mod program;

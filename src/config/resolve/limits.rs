@@ -2,7 +2,7 @@
 
 use super::{Resolver, file, fleet, limit_memory, names, units};
 use crate::admission::{Concurrency, KeyParts, Limit, Policy, Scope, TokenUse, Unit};
-use crate::dialect::{self, Operation};
+use crate::dialect::{self, Dialect, Operation};
 use crate::limiter::OnFailure;
 use crate::limiter::gcra::Gcra;
 use crate::tls;
@@ -22,6 +22,8 @@ pub(super) struct Around<'a> {
     pub(super) exempt: Vec<IpNet>,
     pub(super) redis: Option<&'a file::Redis>,
     pub(super) max_body: &'a [(&'static str, u64)],
+    /// What any listener serves: a limit that names no endpoint is for all of that.
+    pub(super) served: &'a [&'static Dialect],
 }
 
 impl Resolver<'_> {
@@ -69,7 +71,7 @@ impl Resolver<'_> {
         if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.')) {
             self.wrong(&table.name, key("name"), "a name is made of letters, digits, '-', '_' and '.'");
         }
-        let covered = self.covered(&table.endpoints, &table.operations, &table.name, &key);
+        let covered = self.covered(&table.endpoints, &table.operations, &table.name, around, &key);
         let mut parts = KeyParts::default();
         for part in table.key.get_ref() {
             let of = match part {
@@ -410,10 +412,12 @@ impl Resolver<'_> {
         endpoints: &Option<Vec<Spanned<String>>>,
         operations: &Option<Vec<Spanned<String>>>,
         at: &Spanned<String>,
+        around: &Around<'_>,
         key: impl Fn(&str) -> String,
     ) -> Vec<&'static Operation> {
         if endpoints.is_none() && operations.is_none() {
-            return dialect::operations().collect();
+            let endpoints = around.served.iter().flat_map(|dialect| dialect.endpoints);
+            return endpoints.flat_map(|endpoint| endpoint.operations).copied().collect();
         }
         if endpoints.iter().chain(operations).all(Vec::is_empty) {
             self.wrong(at, key("endpoints"), "this limit covers nothing");
@@ -444,6 +448,13 @@ impl Resolver<'_> {
                     self.wrong(name, key("operations"), message);
                 }
             }
+        }
+        let serves = |o: &Operation| {
+            around.served.iter().any(|dialect| dialect.endpoints.iter().any(|endpoint| endpoint.name == o.endpoint))
+        };
+        if let Some(unserved) = covered.iter().find(|operation| !serves(operation)) {
+            let message = format!("no listener serves the dialect of {}", unserved.name);
+            self.hint(at, key("endpoints"), message);
         }
         covered
     }

@@ -1,5 +1,6 @@
 //! Listeners, certificates, tickets, and who may come.
 
+use super::dialects::Paths;
 use super::{Resolver, file};
 use crate::admission::{Peers, Pin};
 use crate::config::{ClientAuth, Listener, Provider, TicketSettings, Trusted};
@@ -15,7 +16,7 @@ use toml::Spanned;
 const MOST_LISTENERS: usize = 30;
 
 impl Resolver<'_> {
-    pub(super) fn listeners(&mut self, tables: &Spanned<Vec<file::Listener>>) -> Vec<Listener> {
+    pub(super) fn listeners(&mut self, tables: &Spanned<Vec<file::Listener>>, paths: &Paths) -> Vec<Listener> {
         if tables.get_ref().is_empty() {
             self.wrong(tables, "listener", "at least one is needed");
         }
@@ -54,7 +55,8 @@ impl Resolver<'_> {
                 self.wrong(&table.address, key("address"), "another listener is at this address");
             }
             let proxy_protocol = self.networks(&table.proxy_protocol, &key("proxy_protocol"));
-            listeners.extend(address.map(|address| Listener { address, client_auth, proxy_protocol }));
+            let routes = self.routes(table, &client_auth, paths, key);
+            listeners.extend(address.map(|address| Listener { address, client_auth, proxy_protocol, routes }));
         }
         listeners
     }

@@ -12,15 +12,47 @@ pub(super) struct Breaker {
     open: AtomicBool,
     failures: AtomicU32,
     opened: Notify,
-    /// 1 while requests go to the store.
+    /// 1 while requests go to the store; another store's, once this one is retired.
     up: prometheus::IntGauge,
+    retired: AtomicBool,
     times_opened: prometheus::IntCounter,
 }
 
 impl Breaker {
     /// Open, until somebody has heard an answer.
     pub(super) fn new(up: prometheus::IntGauge, times_opened: prometheus::IntCounter) -> Self {
-        Self { open: AtomicBool::new(true), failures: AtomicU32::new(0), opened: Notify::new(), up, times_opened }
+        Self {
+            open: AtomicBool::new(true),
+            failures: AtomicU32::new(0),
+            opened: Notify::new(),
+            up,
+            retired: AtomicBool::new(false),
+            times_opened,
+        }
+    }
+
+    /// Nothing is said of it any more.
+    pub(super) fn retire(&self) {
+        self.retired.store(true, Ordering::Relaxed);
+        self.up.set(0);
+    }
+
+    fn set(&self, up: bool) {
+        if !self.retired.load(Ordering::Relaxed) {
+            self.up.set(i64::from(up));
+        }
+    }
+
+    /// Says how it stands, after another was retired.
+    pub(super) fn say(&self) {
+        loop {
+            let open = self.is_open();
+            self.set(!open);
+            // It may have changed, and said so, between the two.
+            if self.is_open() == open {
+                return;
+            }
+        }
     }
 
     pub(super) fn is_open(&self) -> bool {
@@ -44,7 +76,7 @@ impl Breaker {
     /// The connection is gone, or as good as gone.
     pub(super) fn open(&self) {
         if !self.open.swap(true, Ordering::Relaxed) {
-            self.up.set(0);
+            self.set(false);
             self.times_opened.inc();
         }
         self.opened.notify_one();
@@ -54,7 +86,7 @@ impl Breaker {
     pub(super) fn close(&self) {
         self.failures.store(0, Ordering::Relaxed);
         self.open.store(false, Ordering::Relaxed);
-        self.up.set(1);
+        self.set(true);
     }
 
     /// Waits until it opens.
@@ -68,6 +100,24 @@ impl Breaker {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_one_that_is_retired_nothing_is_said() {
+        let up = prometheus::IntGauge::new("up", "up").unwrap();
+        let breaker = || Breaker::new(up.clone(), prometheus::IntCounter::new("n", "n").unwrap());
+        let (old, new) = (breaker(), breaker());
+        old.close();
+        assert_eq!(up.get(), 1);
+        old.retire();
+        new.say();
+        assert_eq!(up.get(), 0, "it has not been heard yet");
+        new.close();
+        old.open();
+        assert_eq!(up.get(), 1);
+        new.open();
+        old.close();
+        assert_eq!(up.get(), 0);
+    }
 
     #[test]
     fn failures_in_a_row_open_it() {

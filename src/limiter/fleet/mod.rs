@@ -174,9 +174,15 @@ impl Fleet {
             remote: Remote::new(settings, metrics),
             decide: Script::new(include_str!("decide.lua")),
             lease: Script::new(include_str!("lease.lua")),
-            // What is spent is there, until it is forgotten; given back by whom it was taken.
-            spend: Script::new("return {redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) and 1 or 0}"),
-            unspend: Script::new("return {redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1]) or 0}"),
+            // What is spent is there, until it is forgotten; given back by whom it was taken. Who asks twice, as a store may
+            // turn out to be one that was asked by another name, has it. (MGET: an ACL user needs it anyway.)
+            spend: Script::new(
+                "return {(redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) or redis.call('MGET', KEYS[1])[1] == \
+                 ARGV[1]) and 1 or 0}",
+            ),
+            unspend: Script::new(
+                "return {redis.call('MGET', KEYS[1])[1] == ARGV[1] and redis.call('DEL', KEYS[1]) or 0}",
+            ),
             forgets: Script::new(include_str!("forgets.lua")),
             leases,
             clock: Clock::start(),
@@ -236,6 +242,22 @@ impl Fleet {
         self.shared.remote.settings().mode != Mode::TokensOnly
     }
 
+    /// Whether both know tokens by the same names in the same store, as far as settings tell.
+    pub fn shares_tokens_with(&self, other: &Self) -> bool {
+        let (own, other) = (self.shared.remote.settings(), other.shared.remote.settings());
+        (&own.nodes, own.cluster, &own.prefix) == (&other.nodes, other.cluster, &other.prefix)
+    }
+
+    /// Limits ask it no more: whether it is up is not said from now on.
+    pub fn retire(&self) {
+        self.shared.remote.breaker.retire();
+    }
+
+    /// Limits ask it from now on: whether it is up is said, after another was retired.
+    pub fn begin(&self) {
+        self.shared.remote.breaker.say();
+    }
+
     /// Whether the store answers, as far as is known.
     pub fn is_up(&self) -> bool {
         !self.shared.remote.breaker.is_open()
@@ -249,7 +271,7 @@ impl Fleet {
         }
     }
 
-    /// Spends a Privacy Pass token, by its nonce, as `claim`; it is remembered for so long. Whether nobody had.
+    /// Spends a Privacy Pass token, by its nonce, as `claim`; it is remembered for so long. Whether nobody else had.
     ///
     /// # Errors
     /// The store does not answer: it may or may not be spent, and is to be given back.

@@ -5,10 +5,11 @@
 //! second or so. A record that was torn then is left out when the file is read again.
 //!
 //! One thread writes, in the order in which it is told, so that no request waits for a disk that others keep busy; another
-//! sees to it that what is written comes to the disk.
+//! sees to it that what is written comes to the disk. They end once nobody has the files any more and all is written.
 
 use super::memory::{Print, Prints};
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind, Read as _, Write as _};
@@ -32,9 +33,37 @@ type Told = Box<dyn FnOnce(Result<(), Error>) + Send>;
 /// After a failure nothing is tried for so long: who is refused comes again at once.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// A record, and who is told of it. Without one: only that all before it is done.
+/// Records that are written at once where there are many: who has one is not to wait for long.
+const AT_ONCE: usize = 1 << 14;
+
+/// For so long that is waited for.
+const MANY: Duration = Duration::from_secs(10);
+
+/// For so long files of ours are waited for that somebody here is about to leave; and between two looks.
+const LEAVING: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(2);
+
+/// The directories that this process has, by their canonical path: an Origin may have files where the one before it, which
+/// serves what is under way, has those of another secret.
+static HELD: Mutex<BTreeMap<PathBuf, Held>> = Mutex::new(BTreeMap::new());
+
+/// A directory that no other process has.
+struct Held {
+    /// Locked: two gateways that write the same files would spend tokens twice.
+    _lock: File,
+    /// What the names of files begin with that are written.
+    marks: Vec<String>,
+}
+
+/// Files of a mark in a directory, which nobody else writes as long as this is there.
+struct Hold {
+    dir: PathBuf,
+    mark: String,
+}
+
+/// Records, and who is told of them. Without any: only that all before it is done.
 struct Order {
-    record: Option<[u8; RECORD]>,
+    records: SmallVec<[u8; RECORD]>,
     epoch: u64,
     oldest: u64,
     told: Told,
@@ -43,8 +72,8 @@ struct Order {
 /// The files of the epochs that are accepted.
 #[derive(Debug)]
 pub(super) struct Journal {
+    dir: PathBuf,
     orders: mpsc::Sender<Order>,
-    writer: Option<std::thread::JoinHandle<()>>,
 }
 
 /// What the thread has that writes.
@@ -57,8 +86,7 @@ struct Writer {
     next: u64,
     keep_for: Duration,
     failed: Option<Instant>,
-    /// Held as long as the process lives: two gateways that write the same files would spend tokens twice.
-    _lock: File,
+    _hold: Hold,
 }
 
 /// The file of each epoch that is written to, and those that are only read.
@@ -86,6 +114,62 @@ fn at(path: &Path) -> impl FnOnce(Error) -> Error {
     move |e| Error::new(e.kind(), format!("{}: {e}", path.display()))
 }
 
+fn record(print: Print, spent: bool) -> [u8; RECORD] {
+    let mut record = [if spent { b'+' } else { b'-' }; RECORD];
+    record.iter_mut().skip(1).zip(print.to_be_bytes()).for_each(|(to, from)| *to = from);
+    record
+}
+
+// === impl Hold ===
+
+impl Hold {
+    /// Takes the files of a mark in a directory (by its canonical path). Who is about to leave them here is waited for.
+    fn take(dir: &Path, mark: &str) -> Result<Self, Error> {
+        let path = dir.join("lock");
+        let until = Instant::now() + LEAVING;
+        while !Self::is_taken(dir, &path, mark)? {
+            if Instant::now() >= until {
+                return Err(in_use(&path));
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(Self { dir: dir.into(), mark: mark.into() })
+    }
+
+    /// Whether they could be taken: nobody has them here.
+    fn is_taken(dir: &Path, path: &Path, mark: &str) -> Result<bool, Error> {
+        let mut all = HELD.lock();
+        if let Some(held) = all.get_mut(dir) {
+            let free = held.marks.iter().all(|of| of != mark);
+            if free {
+                held.marks.push(mark.into());
+            }
+            return Ok(free);
+        }
+        let lock = OpenOptions::new().create(true).append(true).open(path).map_err(at(path))?;
+        lock.try_lock().map_err(|_| in_use(path))?;
+        all.insert(dir.into(), Held { _lock: lock, marks: vec![mark.into()] });
+        Ok(true)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut all = HELD.lock();
+        let Some(held) = all.get_mut(&self.dir) else { return };
+        held.marks.retain(|mark| *mark != self.mark);
+        if held.marks.is_empty() {
+            all.remove(&self.dir);
+        }
+    }
+}
+
+fn in_use(path: &Path) -> Error {
+    Error::new(ErrorKind::AddrInUse, format!("{}: another gateway has it", path.display()))
+}
+
+// === impl Journal ===
+
 impl Journal {
     /// Opens the files in `dir`, which it makes if need be, and reads the spent tokens that are in them. Those of epochs before
     /// `oldest` go by and by, and when they were there for `keep_for`: the clock may be wrong.
@@ -99,13 +183,11 @@ impl Journal {
         keep_for: Duration,
     ) -> Result<(Self, Vec<(u64, Prints)>), Error> {
         std::fs::create_dir_all(dir).map_err(at(dir))?;
-        let path = dir.join("lock");
-        let lock = OpenOptions::new().create(true).append(true).open(&path).map_err(at(&path))?;
-        lock.try_lock()
-            .map_err(|_| Error::new(ErrorKind::AddrInUse, format!("{}: another gateway has it", path.display())))?;
+        let dir = dir.canonicalize().map_err(at(dir))?;
         let mark = format!("spent-{}-", hex::encode(mark.get(..8).unwrap_or_default()));
+        let hold = Hold::take(&dir, &mark)?;
         let mut found = vec![];
-        for entry in std::fs::read_dir(dir).map_err(at(dir))? {
+        for entry in std::fs::read_dir(&dir).map_err(at(&dir))? {
             let path = entry?.path();
             let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix(&mark));
             let numbers = name.and_then(|name| name.split_once('-'));
@@ -131,12 +213,17 @@ impl Journal {
         }
         let files = Arc::new(Mutex::new(files));
         let files_of_writer = files.clone();
-        let writer =
-            Writer { dir: dir.into(), mark, files: files_of_writer, next, keep_for, failed: None, _lock: lock };
+        let own = dir.clone();
+        let writer = Writer { dir: own, mark, files: files_of_writer, next, keep_for, failed: None, _hold: hold };
         let (orders, told) = mpsc::channel();
         keep(&files)?;
-        let writer = std::thread::Builder::new().name("spent-tokens".into()).spawn(move || writer.work(&told))?;
-        Ok((Self { orders, writer: Some(writer) }, spent.into_iter().collect()))
+        std::thread::Builder::new().name("spent-tokens".into()).spawn(move || writer.work(&told))?;
+        Ok((Self { dir, orders }, spent.into_iter().collect()))
+    }
+
+    /// Whether its files are in this directory.
+    pub(super) fn is_in(&self, dir: &Path) -> bool {
+        dir.canonicalize().is_ok_and(|dir| dir == self.dir)
     }
 
     /// Has it written that a token of `epoch` is spent, or given back, and `told` of it. Files of epochs before `oldest` are
@@ -149,16 +236,30 @@ impl Journal {
         spent: bool,
         told: impl FnOnce(Result<(), Error>) + Send + 'static,
     ) {
-        let mut record = [if spent { b'+' } else { b'-' }; RECORD];
-        record.iter_mut().skip(1).zip(print.to_be_bytes()).for_each(|(to, from)| *to = from);
-        self.order(Order { record: Some(record), epoch, oldest, told: Box::new(told) });
+        self.order(Order { records: record(print, spent).into(), epoch, oldest, told: Box::new(told) });
+    }
+
+    /// Has it written that many tokens of an epoch are spent, or given back, and waits until it is.
+    ///
+    /// # Errors
+    /// What cannot be written; or the disk does not answer.
+    pub(super) fn write_all(&self, prints: &[Print], epoch: u64, oldest: u64, spent: bool) -> Result<(), Error> {
+        for some in prints.chunks(AT_ONCE) {
+            let (tell, told) = mpsc::channel();
+            let records = some.iter().flat_map(|print| record(*print, spent)).collect();
+            self.order(Order { records, epoch, oldest, told: Box::new(move |written| drop(tell.send(written))) });
+            told.recv_timeout(MANY).map_err(|_| {
+                Error::new(ErrorKind::TimedOut, format!("{}: the disk does not answer", self.dir.display()))
+            })??;
+        }
+        Ok(())
     }
 
     /// Waits until all before this is written, for so long at most.
     pub(super) fn settle(&self, at_most: Duration) {
         let (tell, told) = mpsc::channel();
         self.order(Order {
-            record: None,
+            records: SmallVec::new(),
             epoch: 0,
             oldest: 0,
             told: Box::new(move |_| tell.send(()).unwrap_or_default()),
@@ -173,23 +274,15 @@ impl Journal {
     }
 }
 
-impl Drop for Journal {
-    fn drop(&mut self) {
-        // What was told before is written.
-        self.orders = mpsc::channel().0;
-        if let Some(writer) = self.writer.take().filter(|writer| writer.thread().id() != std::thread::current().id()) {
-            let _ = writer.join();
-        }
-    }
-}
+// === impl Writer ===
 
 impl Writer {
     fn work(mut self, orders: &mpsc::Receiver<Order>) {
         for order in orders {
-            let written = match (&order.record, self.failed) {
-                (None, _) => Ok(()),
-                (Some(_), Some(at)) if at.elapsed() < PAUSE => Err(Error::other("the disk took nothing a moment ago")),
-                (Some(record), _) => self.write(record, order.epoch, order.oldest),
+            let written = match self.failed {
+                _ if order.records.is_empty() => Ok(()),
+                Some(at) if at.elapsed() < PAUSE => Err(Error::other("the disk took nothing a moment ago")),
+                _ => self.write(&order.records, order.epoch, order.oldest),
             };
             if written.is_err() && self.failed.is_none_or(|at| at.elapsed() >= PAUSE) {
                 self.failed = Some(Instant::now());
@@ -198,11 +291,11 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, record: &[u8; RECORD], epoch: u64, oldest: u64) -> Result<(), Error> {
+    fn write(&mut self, records: &[u8], epoch: u64, oldest: u64) -> Result<(), Error> {
         let log = self.log(epoch, oldest)?;
         let Some(mut file) = log.file.as_ref() else { return Err(ErrorKind::NotFound.into()) };
         let len = file.metadata().map_err(at(&log.path))?.len();
-        file.write_all(record).map_err(|e| {
+        file.write_all(records).map_err(|e| {
             // What follows half a record could not be read.
             log.torn.store(file.set_len(len).is_err(), Ordering::Relaxed);
             at(&log.path)(e)
@@ -352,6 +445,46 @@ mod tests {
         assert!(spent.is_empty() && file.exists(), "under another secret it is nobody's, and is left alone");
         drop(other);
         assert_eq!(open(dir.path(), 6).1, [(5, vec![]), (6, vec![4, 5])], "for whoever has the first one again");
+    }
+
+    #[test]
+    fn a_directory_is_of_one_process_and_its_files_of_one_writer() {
+        let dir = tempfile::tempdir().unwrap();
+        let by = |mark| Journal::open(dir.path(), [mark; 16], 4, Duration::ZERO);
+        let (one, _) = by(7).unwrap();
+        let (other, spent) = by(8).unwrap();
+        assert!(spent.is_empty() && one.is_in(dir.path()) && other.is_in(&dir.path().join(".")));
+        write(&one, 1, 4, 4, true).unwrap();
+        write(&other, 2, 4, 4, true).unwrap();
+        assert!(by(8).is_err_and(|e| e.to_string().contains("another gateway")));
+        // Whoever comes last has the lock still.
+        let is_locked = || File::open(dir.path().join("lock")).unwrap().try_lock().is_err();
+        drop(one);
+        let (one, spent) = by(7).unwrap();
+        assert_eq!(spent, [(4, Prints::from([1]))]);
+        drop(other);
+        assert_eq!(by(8).unwrap().1, [(4, Prints::from([2]))]);
+        assert!(is_locked());
+        drop(one);
+        let until = Instant::now() + LEAVING;
+        while is_locked() {
+            assert!(Instant::now() < until, "somebody has it still");
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    #[test]
+    fn many_are_written_at_once_and_all_that_was_told_before_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path(), 4);
+        let many: Vec<Print> = (0..2 * AT_ONCE as u128 + 3).collect();
+        journal.write_all(&many, 5, 4, true).unwrap();
+        journal.write_all(&many[1..], 5, 4, false).unwrap();
+        journal.write_all(&[], 6, 4, true).unwrap();
+        journal.write(9, 4, 4, true, drop);
+        drop(journal);
+        assert_eq!(open(dir.path(), 4).1, [(4, vec![9]), (5, vec![0])]);
+        assert!(files(dir.path(), 6).is_empty());
     }
 
     #[test]

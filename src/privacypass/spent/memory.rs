@@ -22,16 +22,36 @@ pub(super) struct Memory {
     /// The latest epoch that was ever now: a clock that is behind, or set back, must not ask for what was let go.
     latest: u64,
     capacity: usize,
+    /// What has changed since a copy was begun, as long as one is made.
+    changes: Option<Vec<Change>>,
+}
+
+/// A token that was taken in hand, or given back, while a copy was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Change {
+    pub(super) print: Print,
+    pub(super) epoch: u64,
+    pub(super) taken: bool,
 }
 
 impl Memory {
     /// Remembers at most `capacity` tokens.
     pub(super) fn new(capacity: usize) -> Self {
-        Self { epochs: BTreeMap::new(), returning: Prints::new(), latest: 0, capacity }
+        Self { epochs: BTreeMap::new(), returning: Prints::new(), latest: 0, capacity, changes: None }
+    }
+
+    /// Remembers at most so many from now on. What there is stays; room that was made already is as it was.
+    pub(super) fn set_capacity(&mut self, capacity: usize) {
+        self.capacity = capacity;
     }
 
     pub(super) fn len(&self) -> usize {
         self.epochs.values().map(HashSet::len).sum()
+    }
+
+    /// The latest epoch that was ever now.
+    pub(super) fn latest(&self) -> u64 {
+        self.latest
     }
 
     /// The oldest epoch whose tokens may still be redeemed.
@@ -106,23 +126,52 @@ impl Memory {
             return Err(TokenProblem::StoreFull);
         }
         self.epochs.entry(epoch).or_default().insert(print);
+        self.note(print, epoch, true);
         Ok(())
     }
 
-    /// Tokens that were spent before a restart, whether or not there is room for so many: to leave one out would be to take
-    /// it again.
+    /// Tokens that were spent before a restart, or that others have written down, whether or not there is room for so many: to
+    /// leave one out would be to take it again.
     pub(super) fn load(&mut self, epoch: u64, mut prints: Prints) {
-        // Where there is no such memory it grows later.
-        let _ = prints.try_reserve(self.capacity.saturating_sub(prints.len()));
-        self.epochs.insert(epoch, prints);
+        match self.epochs.entry(epoch) {
+            Entry::Vacant(vacant) => {
+                // Where there is no such memory it grows later.
+                let _ = prints.try_reserve(self.capacity.saturating_sub(prints.len()));
+                vacant.insert(prints);
+            }
+            Entry::Occupied(mut known) => known.get_mut().extend(prints),
+        }
     }
 
     /// Gives a token back.
     pub(super) fn remove(&mut self, print: Print, epoch: u64) {
         self.returning.remove(&print);
-        if let Some(prints) = self.epochs.get_mut(&epoch) {
-            prints.remove(&print);
+        if self.epochs.get_mut(&epoch).is_some_and(|prints| prints.remove(&print)) {
+            self.note(print, epoch, false);
         }
+    }
+
+    fn note(&mut self, print: Print, epoch: u64, taken: bool) {
+        if let Some(changes) = &mut self.changes {
+            changes.push(Change { print, epoch, taken });
+        }
+    }
+
+    /// What is known now, by epoch, to be copied elsewhere. What changes from now on is noted, until [`Memory::end_copy`].
+    pub(super) fn begin_copy(&mut self) -> Vec<(u64, Vec<Print>)> {
+        self.changes = Some(vec![]);
+        let known = self.epochs.range(self.oldest()..);
+        known.map(|(epoch, prints)| (*epoch, prints.iter().copied().collect())).collect()
+    }
+
+    /// What has changed since this was asked last, in the order in which it has.
+    pub(super) fn changes(&mut self) -> Vec<Change> {
+        self.changes.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Nothing is noted any more.
+    pub(super) fn end_copy(&mut self) {
+        self.changes = None;
     }
 }
 
@@ -155,5 +204,46 @@ mod tests {
         memory.remove(19, 7);
         assert_eq!(memory.problem(19), None);
         assert_eq!(Memory::room(usize::MAX / 64).unwrap_err(), TokenProblem::StoreFull);
+    }
+
+    #[test]
+    fn another_capacity_forgets_nothing() {
+        let mut memory = Memory::new(2);
+        memory.insert(1, 5, 5).unwrap();
+        memory.insert(2, 5, 5).unwrap();
+        assert_eq!(memory.insert(3, 5, 5), Err(TokenProblem::StoreFull));
+        memory.set_capacity(3);
+        memory.insert(3, 5, 5).unwrap();
+        memory.set_capacity(1);
+        assert_eq!(memory.insert(4, 5, 5), Err(TokenProblem::StoreFull));
+        assert!((1..=3).all(|print| memory.insert(print, 5, 5) == Err(TokenProblem::Spent)));
+        assert_eq!((memory.lack_room([5, 6, 7]).1, memory.len()), (1, 3));
+    }
+
+    #[test]
+    fn what_changes_while_a_copy_is_made_is_noted() {
+        let mut memory = Memory::new(10);
+        memory.insert(1, 4, 5).unwrap();
+        memory.insert(2, 5, 5).unwrap();
+        assert!(memory.changes().is_empty(), "nobody makes one");
+        assert_eq!(memory.begin_copy(), [(4, vec![1]), (5, vec![2])]);
+        memory.insert(3, 5, 5).unwrap();
+        memory.remove(3, 5);
+        memory.remove(3, 5);
+        memory.remove(1, 4);
+        assert_eq!(memory.insert(2, 5, 5), Err(TokenProblem::Spent));
+        let change = |print, epoch, taken| Change { print, epoch, taken };
+        assert_eq!(memory.changes(), [change(3, 5, true), change(3, 5, false), change(1, 4, false)]);
+        assert!(memory.changes().is_empty());
+        // What is loaded joins what is known.
+        memory.load(5, [2, 7].into_iter().collect());
+        memory.load(6, [8].into_iter().collect());
+        assert!(memory.contains(2) && memory.contains(7) && memory.contains(8) && memory.len() == 3);
+        memory.insert(9, 6, 6).unwrap();
+        memory.end_copy();
+        assert!(memory.changes().is_empty());
+        // Of an epoch that is over nothing need be copied.
+        memory.insert(10, 7, 7).unwrap();
+        assert!(memory.begin_copy().iter().all(|(epoch, _)| *epoch >= 6));
     }
 }
