@@ -36,6 +36,7 @@ demo: setup ## A federation in small: Delivery Service, issuer, gateway, MLS cli
 
 lint: setup ## Formatting and clippy
 	$(CARGO) fmt --check
+	rustfmt --edition 2024 --check src/dialect/*.rs
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 
 test: setup-test lint ## Formatting, clippy, and all tests; MOH_VECTORS=DIR has the shared vectors read, too

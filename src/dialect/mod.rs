@@ -3,10 +3,8 @@
 //! A [`Dialect`] is data: its [`Endpoint`]s, each with its method, path and reader, and the [`Operation`]s that limits and
 //! metrics name. From a request, an endpoint reads an [`Envelope`]: group, sender, recipient, member, target and cost, and
 //! which providers must be ours or the sender's, borrowed from the buffers. The steps behind know envelopes and operations,
-//! never a draft: another draft is another file, and a line in [`DIALECTS`].
+//! never a draft.
 
-pub mod mimi;
-pub mod moh;
 mod route;
 
 pub use route::{Clash, Found, InvalidTemplate, NoRoute, Paths, Route, Routes, Template};
@@ -14,8 +12,20 @@ pub use route::{Clash, Found, InvalidTemplate, NoRoute, Paths, Route, Routes, Te
 use crate::wire::{self, ProviderName, Uri};
 use std::borrow::Cow;
 
-/// All dialects.
-pub static DIALECTS: &[&Dialect] = &[&moh::DIALECT, &mimi::DIALECT];
+macro_rules! dialects {
+    ($($draft:ident)*) => {
+        $(pub mod $draft;)*
+
+        /// All dialects. The first is served where the configuration does not say.
+        pub static DIALECTS: &[&Dialect] = &[$(&$draft::DIALECT),*];
+    };
+}
+
+// Another draft is another file, and its name here.
+dialects! {
+    moh
+    mimi
+}
 
 /// A draft.
 #[derive(Debug)]
