@@ -5,7 +5,7 @@ CARGO ?= cargo
 NODE_MODULES := tests/interop/node_modules/.package-lock.json
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help setup setup-test setup-tls build release demo test test-tls lint bench flood picture fuzz clean
+.PHONY: help setup setup-test setup-tls setup-peers build release demo test test-tls lint bench bench-peers flood picture fuzz clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -60,6 +60,13 @@ flood: setup ## Whether a flood of bad tokens holds up requests without one, mea
 
 bench: setup-test ## The benchmarks (criterion): target/criterion/report/index.html
 	$(CARGO) bench --locked
+
+setup-peers: setup ## What bench-peers needs: NGINX and HAProxy (by apt)
+	@export PATH=$$PATH:/usr/sbin; command -v nginx >/dev/null && command -v haproxy >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) env RUNLEVEL=1 apt-get install -yq --no-install-recommends nginx-light haproxy; }
+
+bench-peers: setup-peers ## A request beside NGINX, HAProxy and a bare Pingora, into docs/performance.md (30 min, and 8 for its build); QUICK=1 takes 2, and prints
+	$(CARGO) build --locked --profile bench --bin moh-gateway --example peers
+	ulimit -n 65536 2>/dev/null || ulimit -n $$(ulimit -Hn); target/release/examples/peers $(if $(QUICK),--quick)
 
 fuzz: setup ## The readers and the paths, for SECONDS (60) each, with cargo-fuzz on a nightly toolchain
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz

@@ -167,6 +167,7 @@ fn decide(c: &mut Criterion) {
     let subject = Subject {
         ip: "2001:db8::1".parse().unwrap(),
         provider: Some("a.example"),
+        pattern: None,
         operation: envelope.operation,
         group: envelope.group_id,
         member: envelope.member,

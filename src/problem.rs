@@ -124,8 +124,11 @@ pub enum Refusal {
         /// For `Allow`.
         allow: &'static http::Method,
     },
-    /// Not `application/octet-stream`.
-    WrongContentType,
+    /// The body is of another type than the endpoint's, or coded.
+    WrongContentType {
+        /// For `Accept-Post`; none where any type will do.
+        accept: Option<&'static str>,
+    },
     /// The body is not this endpoint's, or ended before the reader had its fields.
     Malformed(wire::Error),
     /// Over the endpoint's bound, or not decided within what may be held.
@@ -202,13 +205,22 @@ impl From<NoRoute> for Refusal {
 }
 
 impl Refusal {
+    /// What it is where the other side is a download's and not the Delivery Service.
+    pub fn of_a_download(self, is_one: bool) -> Self {
+        match self {
+            Self::BadGateway if is_one => Self::Download(download::Refused::Unreachable),
+            Self::GatewayTimeout if is_one => Self::Download(download::Refused::TooSlow),
+            other => other,
+        }
+    }
+
     /// The status (design, "Refusals").
     pub fn status(&self) -> StatusCode {
         match self {
             Self::BadHttp(_) | Self::Malformed(_) => StatusCode::BAD_REQUEST,
             Self::UnknownPath => StatusCode::NOT_FOUND,
             Self::WrongMethod { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            Self::WrongContentType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::WrongContentType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
@@ -232,7 +244,7 @@ impl Refusal {
             Self::BadHttp(_) => "bad-http",
             Self::UnknownPath => "unknown-path",
             Self::WrongMethod { .. } => "wrong-method",
-            Self::WrongContentType => "wrong-content-type",
+            Self::WrongContentType { .. } => "wrong-content-type",
             Self::Malformed(_) => "malformed",
             Self::TooLarge => "too-large",
             Self::TooSlow => "too-slow",
@@ -260,7 +272,7 @@ impl Refusal {
             Self::BadHttp(_) => "The request is not acceptable HTTP",
             Self::UnknownPath => "Nothing is served at this path",
             Self::WrongMethod { .. } => "The endpoint has another method",
-            Self::WrongContentType => "The body must be application/octet-stream",
+            Self::WrongContentType { .. } => "The body is of another type than is taken here, or coded",
             Self::Malformed(_) => "The request is malformed",
             Self::TooLarge => "The body is too large",
             Self::TooSlow => "The request came too slowly",
@@ -337,11 +349,8 @@ impl Refusal {
                     headers.push((header::ALLOW, value));
                 }
             }
-            Self::WrongContentType => {
-                headers.push((
-                    HeaderName::from_static("accept-post"),
-                    HeaderValue::from_static("application/octet-stream"),
-                ));
+            Self::WrongContentType { accept: Some(accept) } => {
+                headers.push((HeaderName::from_static("accept-post"), HeaderValue::from_static(accept)));
             }
             Self::Limited { violated, challenge } => {
                 headers.extend(rate_limit_fields(violated));
@@ -417,6 +426,7 @@ pub const REASONS: &[&str] = &[
     "download-unresolved",
     "download-too-large",
     "download-redirected",
+    "download-unreachable",
     "download-bad-answer",
     "download-too-slow",
     "bad-gateway",

@@ -40,7 +40,7 @@ fn normal(uri: &str) -> Vec<u8> {
     let (scheme, rest) = uri.split_once(':').expect("a scheme");
     let rest = match rest.strip_prefix("//") {
         Some(rest) => {
-            let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+            let end = rest.find('/').unwrap_or(rest.len());
             format!("//{}{}", rest[..end].to_ascii_lowercase(), &rest[end..])
         }
         None => {
@@ -48,7 +48,23 @@ fn normal(uri: &str) -> Vec<u8> {
             format!("{user}@{}", domain.to_ascii_lowercase())
         }
     };
-    format!("{}:{rest}", scheme.to_ascii_lowercase()).into_bytes()
+    unencoded(&format!("{}:{rest}", scheme.to_ascii_lowercase())).into_bytes()
+}
+
+/// A URI in which nothing is percent-encoded that need not be, and the rest with capital digits (RFC 3986 §6.2.2).
+fn unencoded(uri: &str) -> String {
+    let mut parts = uri.split('%');
+    let mut normal = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let (digits, rest) = part.split_at(2);
+        let octet = u8::from_str_radix(digits, 16).expect("two digits");
+        match char::from(octet) {
+            plain @ ('a'..='z' | 'A'..='Z' | '0'..='9' | '-' | '.' | '_' | '~') => normal.push(plain),
+            _ => normal.push_str(&format!("%{}", digits.to_ascii_uppercase())),
+        }
+        normal.push_str(rest);
+    }
+    normal
 }
 
 impl Facts {

@@ -67,6 +67,7 @@ fn a_decision_with_five_limits_allocates_nothing() {
     let subject = Subject {
         ip: "192.0.2.1".parse().unwrap(),
         provider: Some("a.example"),
+        pattern: None,
         operation: envelope.operation,
         group: envelope.group_id,
         member: envelope.member,

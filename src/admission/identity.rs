@@ -42,6 +42,14 @@ impl PeerIdentity {
     pub fn holds(&self, name: &ProviderName<'_>) -> bool {
         self.dns_names.iter().any(|pattern| name.matches(pattern))
     }
+
+    /// The pattern that holds a name which the certificate does not hold by itself: all names of it are one bearer's, who must
+    /// not have a quota for each that it thinks of.
+    pub fn pattern_of(&self, name: &ProviderName<'_>) -> Option<&str> {
+        let by_itself = self.dns_names.iter().any(|held| name.is(held));
+        let mut held = self.dns_names.iter().filter(|_| !by_itself);
+        held.find(|pattern| name.matches(pattern)).map(String::as_str)
+    }
 }
 
 impl Peers {
@@ -159,6 +167,9 @@ mod tests {
         assert_eq!(bind_sender(&name("x.y.a.example"), Some(&identity), &peers), Err(Refusal::SenderMismatch));
         assert_eq!(bind_sender(&name("b.example"), Some(&identity), &peers), Err(Refusal::SenderMismatch));
         assert_eq!(bind_sender(&name("b.example"), None, &peers), Ok(None), "a claim without a certificate");
+        assert_eq!(identity.pattern_of(&name("x.A.example")), Some("*.a.example"));
+        assert_eq!((identity.pattern_of(&name("a.example")), identity.pattern_of(&name("b.example"))), (None, None));
+        assert_eq!(certified(&["*.a.example", "x.a.example"]).pattern_of(&name("x.a.example")), None);
         let none = PeerIdentity::default();
         assert_eq!(bind_sender(&name("a.example"), Some(&none), &peers), Err(Refusal::SenderMismatch));
     }

@@ -115,6 +115,14 @@ impl Hasher {
         Key(self.sip(14, &self.source(ip).to_be_bytes()))
     }
 
+    /// The key of a source's requests whose bodies are waited for.
+    pub(super) fn waiting_key(&self, ip: IpAddr, peer: Option<&str>) -> Key {
+        Key(match peer {
+            Some(peer) => self.sip(17, peer.as_bytes()),
+            None => self.sip(18, &self.source(ip).to_be_bytes()),
+        })
+    }
+
     /// The key of a provider's open connections.
     pub(super) fn open_provider_key(&self, provider: &str) -> Key {
         Key(self.sip(12, provider.as_bytes()))
@@ -134,7 +142,7 @@ impl Hasher {
             *ip = self.sip(1, &self.source(subject.ip).to_be_bytes());
         }
         if wanted.provider {
-            *provider = hash(2, subject.provider.map(str::as_bytes));
+            *provider = hash(2, subject.pattern.or(subject.provider).map(str::as_bytes));
         }
         if wanted.group || wanted.member {
             *group = hash(3, subject.group);

@@ -32,6 +32,8 @@ pub struct Subject<'a> {
     pub ip: IpAddr,
     /// The provider that the channel authenticates, in lower case.
     pub provider: Option<&'a str>,
+    /// The pattern (`*.a.example`) that its certificate holds it by, if not by itself: then quotas are of that.
+    pub pattern: Option<&'a str>,
     /// What is asked.
     pub operation: &'static Operation,
     /// The MLS group.
@@ -432,6 +434,12 @@ impl Admission {
         self.limiter.in_flight().enter(self.hasher.under_way_key(ip), most)
     }
 
+    /// Counts a request among those of a source whose bodies are held and waited for: of a peer that shows a certificate by the
+    /// first name in it, of others by address.
+    pub fn waiting(&self, ip: IpAddr, peer: Option<&str>, most: u32) -> Option<Ticket> {
+        self.limiter.in_flight().enter(self.hasher.waiting_key(ip, peer), most)
+    }
+
     /// Counts a connection among those that are open of a provider.
     pub fn open_of_provider(&self, provider: &str, most: u32) -> Option<Ticket> {
         self.limiter.in_flight().enter(self.hasher.open_provider_key(provider), most)
@@ -519,6 +527,7 @@ mod tests {
         Subject {
             ip: ip.parse().unwrap(),
             provider,
+            pattern: None,
             operation: operation("send_message"),
             group: Some(group),
             member: Some(Member::LeafIndex(leaf)),
@@ -531,6 +540,20 @@ mod tests {
 
     fn passes(admission: &Admission, subject: &Subject<'_>) -> bool {
         matches!(decide(admission, subject, false), Decision::Pass { .. })
+    }
+
+    #[test]
+    fn all_names_of_a_pattern_are_one_bearers() {
+        let key = KeyParts { group: true, ..KeyParts::default() };
+        let admission = admission(vec![limit("l", key, 2)]);
+        let named = |provider, pattern| Subject { pattern, ..subject("192.0.2.1", Some(provider), b"g", 1) };
+        assert!(passes(&admission, &named("r1.evil.example", Some("*.evil.example"))));
+        assert!(passes(&admission, &named("r2.evil.example", Some("*.evil.example"))));
+        assert!(
+            !passes(&admission, &named("r3.evil.example", Some("*.evil.example"))),
+            "another name, the same certificate"
+        );
+        assert!(passes(&admission, &named("r3.evil.example", None)), "one that has a certificate of its own");
     }
 
     #[test]

@@ -140,6 +140,11 @@ pub struct Holding {
 pub const MOST_HELD: usize = 48 * 1024;
 
 impl Holding {
+    /// Bodies of one source that may wait at once: a sixteenth of all that may be held.
+    pub fn of_a_source(&self) -> u32 {
+        u32::try_from(self.total / 16 / MOST_HELD as i64).unwrap_or(u32::MAX).max(8)
+    }
+
     /// Octets that may be held of a body of an endpoint.
     pub fn of(&self, endpoint: &str) -> usize {
         self.most.iter().find(|(name, _)| *name == endpoint).map_or(MOST_HELD, |(_, most)| *most)

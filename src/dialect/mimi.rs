@@ -56,7 +56,8 @@ endpoints! {
 }
 
 /// The dialect.
-pub static DIALECT: Dialect = Dialect { name: "mimi", endpoints: ENDPOINTS, rooms: true, mutual_tls: true };
+pub static DIALECT: Dialect =
+    Dialect { name: "mimi", endpoints: ENDPOINTS, rooms: true, names_sender_in_from: true, mutual_tls: true };
 
 /// The directory document (§5.1): the URLs of all that is served, but of itself.
 fn directory(facts: &Facts<'_>) -> Answer {

@@ -36,6 +36,8 @@ pub struct Dialect {
     pub endpoints: &'static [&'static Endpoint],
     /// Whether it has rooms, which requests name.
     pub rooms: bool,
+    /// Whether `From` names the sender. Where it does not, nobody looks at it.
+    pub names_sender_in_from: bool,
     /// Whether a sender is nobody without a client certificate: mutual TLS is part of it.
     pub mutual_tls: bool,
 }

@@ -74,7 +74,8 @@ endpoints! {
 }
 
 /// The dialect.
-pub static DIALECT: Dialect = Dialect { name: "moh", endpoints: ENDPOINTS, rooms: false, mutual_tls: false };
+pub static DIALECT: Dialect =
+    Dialect { name: "moh", endpoints: ENDPOINTS, rooms: false, names_sender_in_from: false, mutual_tls: false };
 
 /// The discovery document.
 fn ds_domain(facts: &Facts<'_>) -> Answer {

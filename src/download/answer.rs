@@ -42,8 +42,10 @@ pub fn head(status: StatusCode, headers: &HeaderMap, settings: &Settings) -> Res
         300..=399 => return Err(Refused::Redirected),
         _ => return Err(Refused::BadAnswer("its status is none that ends a request")),
     }
-    // That of what is not modified is of the body that does not come.
-    let length = if status == StatusCode::NOT_MODIFIED { None } else { length(headers)? };
+    // That of what is not modified is of the body that does not come; and there is none where there is no content
+    // (RFC 9110 §8.6).
+    let bodiless = [StatusCode::NOT_MODIFIED, StatusCode::NO_CONTENT, StatusCode::RESET_CONTENT];
+    let length = if bodiless.contains(&status) { None } else { length(headers)? };
     if length.is_some_and(|length| length > settings.largest) {
         return Err(Refused::TooLarge);
     }

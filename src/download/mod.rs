@@ -56,6 +56,9 @@ pub enum Refused {
     /// The host has no address, or nobody knows.
     #[error("the URL's host has no address")]
     Unresolved,
+    /// The host cannot be reached, or is not who it should be, or its answer breaks off.
+    #[error("the URL's server cannot be reached")]
+    Unreachable,
     /// The answer has more octets than may pass.
     #[error("the answer is larger than a download may be")]
     TooLarge,
@@ -77,9 +80,12 @@ impl Refused {
         match self {
             Self::NotHttps | Self::NoUrl(_) => StatusCode::BAD_REQUEST,
             Self::HostNotListed => StatusCode::FORBIDDEN,
-            Self::PrivateAddress | Self::Unresolved | Self::TooLarge | Self::Redirected | Self::BadAnswer(_) => {
-                StatusCode::BAD_GATEWAY
-            }
+            Self::PrivateAddress
+            | Self::Unresolved
+            | Self::Unreachable
+            | Self::TooLarge
+            | Self::Redirected
+            | Self::BadAnswer(_) => StatusCode::BAD_GATEWAY,
             Self::TooSlow => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -92,6 +98,7 @@ impl Refused {
             Self::HostNotListed => "download-not-listed",
             Self::PrivateAddress => "download-private-address",
             Self::Unresolved => "download-unresolved",
+            Self::Unreachable => "download-unreachable",
             Self::TooLarge => "download-too-large",
             Self::Redirected => "download-redirected",
             Self::BadAnswer(_) => "download-bad-answer",
@@ -107,6 +114,7 @@ pub const REASONS: &[&str] = &[
     "download-not-listed",
     "download-private-address",
     "download-unresolved",
+    "download-unreachable",
     "download-too-large",
     "download-redirected",
     "download-bad-answer",
@@ -139,6 +147,7 @@ mod tests {
             (Refused::HostNotListed, 403),
             (Refused::PrivateAddress, 502),
             (Refused::Unresolved, 502),
+            (Refused::Unreachable, 502),
             (Refused::TooLarge, 502),
             (Refused::Redirected, 502),
             (Refused::BadAnswer("x"), 502),

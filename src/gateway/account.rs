@@ -225,6 +225,7 @@ impl RequestContext {
             egress: false,
             client: self.connection.as_ref().map(|c| c.client.ip().to_string()).unwrap_or_default(),
             provider: self.provider.as_deref(),
+            peer: self.connection.as_ref().and_then(|c| c.identity.as_ref()?.dns_names.first()).map(String::as_str),
             http: self.http,
             method: self.method,
             endpoint: self.endpoint.map(|e| e.name),
@@ -239,7 +240,7 @@ impl RequestContext {
             body_out,
             gateway_us: self.gateway_took.map(micros).unwrap_or_default(),
             ds_us: self.ds_took.map(micros),
-            node: self.node.as_ref().map(|node| node.label()),
+            node: self.node.as_ref().map(|node| node.label()).or(self.download.as_ref().map(|of| of.host())),
             trace_id: Some(self.trace.id(&self.id)),
         });
     }

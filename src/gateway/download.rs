@@ -77,9 +77,20 @@ impl Download {
         request(came, &self.target)
     }
 
-    /// As [`response`].
-    pub(super) fn response(&self, came: &mut ResponseHeader) -> std::result::Result<(), Refused> {
+    /// As [`response`]; heads have no more time than bodies.
+    pub(super) fn response(&mut self, came: &mut ResponseHeader) -> std::result::Result<(), Refused> {
+        self.pass(0)?;
         response(came, &self.downloads.settings)
+    }
+
+    /// The address that was tried last has left the request untouched, or has only closed a connection that was kept.
+    pub(super) fn again(&mut self) {
+        self.tried = self.tried.saturating_sub(1);
+    }
+
+    /// The host.
+    pub(super) fn host(&self) -> &str {
+        self.target.authority()
     }
 
     /// As [`Counter::pass`].
@@ -116,7 +127,8 @@ pub(super) fn peer(target: &Target, address: SocketAddr, downloads: &Downloads, 
     let options = &mut peer.options;
     options.ca = Some(downloads.roots.clone());
     options.set_http_version(2, 1);
-    options.max_h2_streams = 100;
+    // One that does not read what it asked for keeps nobody else's from coming, as it would on a connection that is shared.
+    options.max_h2_streams = 1;
     let times = forward::Times {
         connect: settings.connect,
         read: settings.idle,

@@ -185,8 +185,7 @@ impl Egress {
     ) -> std::result::Result<(), Refusal> {
         let live = ctx.live.clone();
         ctx.body = peek::body(session.req_header(), endpoint, &live)?;
-        let (timeouts, holding, gauge) = (&live.timeouts, &live.holding, &self.0.metrics.held);
-        let reading = peek::Reading { endpoint, parameter: "", timeouts, holding, gauge };
+        let reading = peek::Reading { endpoint, parameter: "", live: &live, gauge: &self.0.metrics.held };
         let read = peek::peek(session, &reading, connection, &mut ctx.waited).await;
         let held = read.map_err(|stop| {
             ctx.broken = stop.broken;
@@ -464,6 +463,7 @@ impl ProxyHttp for Egress {
             egress: true,
             client: ctx.connection.as_ref().map(|c| c.client.ip().to_string()).unwrap_or_default(),
             provider: Some(ctx.provider.as_str()).filter(|provider| !provider.is_empty()),
+            peer: None,
             http: if request.version == http::Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" },
             method: super::account::method_label(&request.method),
             endpoint: ctx.endpoint.map(|e| e.name),

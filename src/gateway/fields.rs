@@ -90,6 +90,12 @@ pub(super) fn is_ours_to_say(name: &HeaderName, fields: &Fields) -> bool {
         "upgrade",
         "http2-settings",
         "te",
+        // What some servers behind take for another path or method than was checked.
+        "x-original-url",
+        "x-rewrite-url",
+        "x-http-method",
+        "x-http-method-override",
+        "x-method-override",
     ];
     const PREFIXES: &[&str] = &["x-forwarded-", "x-moh-"];
     let is = |name: &str| {
@@ -125,13 +131,21 @@ fn sequence(certificate: &CertificateDer<'_>) -> String {
     format!(":{}:", BASE64_STANDARD.encode(certificate))
 }
 
+/// What a request is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Of {
+    pub(super) endpoint: &'static Endpoint,
+    /// `From` names its sender, and is bound to it.
+    pub(super) keeps_from: bool,
+}
+
 /// Sets what the Delivery Service gets. Target and content type are written anew: it gets those that were checked, in
 /// one form, however they came. Of the fields, what is not for outside to say is dropped, then who sends is said by us. A
 /// `PrivateToken` credential was for us; other credentials are the Delivery Service's.
 pub(super) fn set(
     request: &mut RequestHeader,
     path: Uri,
-    endpoint: &Endpoint,
+    of: Of,
     fields: &Fields,
     learned: &Learned<'_>,
     takes_tokens: bool,
@@ -140,7 +154,11 @@ pub(super) fn set(
         request.insert_header(header::HOST, authority)?;
     }
     request.set_uri(path);
-    if let Some(content_type) = endpoint.content_type {
+    if !of.keeps_from {
+        // Nobody has looked at it.
+        request.remove_header(&header::FROM);
+    }
+    if let Some(content_type) = of.endpoint.content_type {
         request.insert_header(header::CONTENT_TYPE, content_type)?;
     }
     let drop: Vec<_> = request.headers.keys().filter(|name| is_ours_to_say(name, fields)).cloned().collect();
@@ -226,7 +244,8 @@ mod tests {
         request.append_header("Authorization", "PrivateToken token=\"x\"").unwrap();
         request.append_header("X-Other", "kept").unwrap();
         let endpoint = crate::dialect::endpoint("group_operation").unwrap();
-        set(&mut request, Uri::from_static(endpoint.path), endpoint, fields, learned, true).unwrap();
+        let of = Of { endpoint, keeps_from: false };
+        set(&mut request, Uri::from_static(endpoint.path), of, fields, learned, true).unwrap();
         request.headers.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap())).collect()
     }
 

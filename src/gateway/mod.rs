@@ -158,6 +158,7 @@ impl Gateway {
             let subject = Subject {
                 ip: connection.client.ip(),
                 provider: provider.as_deref(),
+                pattern: None,
                 operation,
                 group: None,
                 member: None,
@@ -171,13 +172,17 @@ impl Gateway {
             return admitted;
         }
 
+        // Who cannot be anybody has no body read.
+        if found.route.dialect.mutual_tls && connection.identity.is_none() {
+            return Err(Refusal::SenderMismatch);
+        }
+
         // peek
         if let By::Fetched(_) = endpoint.by {
             return self.admit_download(session, ctx, &connection, &parameter).await;
         }
         ctx.body = peek::body(session.req_header(), endpoint, &live)?;
-        let (timeouts, holding, gauge) = (&live.timeouts, &live.holding, &self.0.metrics.held);
-        let reading = peek::Reading { endpoint, parameter: &parameter, timeouts, holding, gauge };
+        let reading = peek::Reading { endpoint, parameter: &parameter, live: &live, gauge: &self.0.metrics.held };
         let read = peek::peek(session, &reading, &connection, &mut ctx.waited).await;
         let held = read.map_err(|stop| {
             ctx.broken = stop.broken;
@@ -235,6 +240,7 @@ impl Gateway {
         let subject = Subject {
             ip: connection.client.ip(),
             provider: provider.as_deref(),
+            pattern: connection.identity.as_ref().and_then(|identity| identity.pattern_of(&envelope.sender)),
             operation: envelope.operation,
             group: group.as_deref(),
             member: envelope.member,
@@ -443,10 +449,11 @@ impl ProxyHttp for Gateway {
                 // It is given up before, with an answer if there was none.
                 watch.until(Some(download.until() + Duration::from_secs(1)));
             }
-            let peer = download.peer(&ctx.live.timeouts);
-            return peer
-                .map(Box::new)
-                .ok_or_else(|| Error::explain(ErrorType::ConnectError, "it has no other address"));
+            let Some(peer) = download.peer(&ctx.live.timeouts) else {
+                ctx.pending = Some(Refusal::Download(Refused::Unreachable));
+                return Error::e_explain(ErrorType::ConnectError, "it has no other address");
+            };
+            return Ok(Box::new(peer));
         }
         let settings = self.0.nodes.settings();
         let Some(node) = self.0.nodes.choose(ctx.group_hash, &ctx.tried) else {
@@ -522,8 +529,19 @@ impl ProxyHttp for Gateway {
         session: &mut Session,
         mut e: Box<Error>,
         ctx: &mut RequestContext,
-        _: bool,
+        reused: bool,
     ) -> Box<Error> {
+        if let Some(download) = &mut ctx.download {
+            // To ask for it again does no harm, as long as nothing of it has passed; and is done once.
+            let again = (reused || forward::was_left_untouched(&e))
+                && status_written(session).is_none()
+                && !std::mem::replace(&mut ctx.resent, true);
+            if again {
+                download.again();
+            }
+            e.set_retry(again);
+            return e;
+        }
         // Otherwise the Delivery Service may have begun to process it.
         let again = forward::was_left_untouched(&e)
             && status_written(session).is_none()
@@ -591,7 +609,8 @@ impl ProxyHttp for Gateway {
             id: &ctx.id,
             trace: &ctx.trace,
         };
-        fields::set(request, path.clone(), endpoint, &ctx.live.fields, &learned, ctx.live.privacy_pass.is_some())?;
+        let of = fields::Of { endpoint, keeps_from: ctx.dialect.is_some_and(|dialect| dialect.names_sender_in_from) };
+        fields::set(request, path.clone(), of, &ctx.live.fields, &learned, ctx.live.privacy_pass.is_some())?;
         // It may be sent to another node.
         ctx.path = Some(path);
         // The next thing is to write to the node.
@@ -605,7 +624,7 @@ impl ProxyHttp for Gateway {
         response: &mut ResponseHeader,
         ctx: &mut RequestContext,
     ) -> Result<()> {
-        if let Some(download) = &ctx.download
+        if let Some(download) = &mut ctx.download
             && let Err(refused) = download.response(response)
         {
             ctx.pending = Some(Refusal::Download(refused));
@@ -692,7 +711,8 @@ impl ProxyHttp for Gateway {
                     Refusal::GatewayTimeout
                 }
                 _ => Refusal::BadGateway,
-            },
+            }
+            .of_a_download(ctx.download.is_some()),
             (None, ErrorSource::Downstream) => match e.etype() {
                 ErrorType::ReadTimedout => Refusal::TooSlow,
                 _ => Refusal::BadHttp("the body's framing is wrong"),

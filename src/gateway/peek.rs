@@ -4,7 +4,7 @@ use super::answer;
 use super::forward::Body;
 use super::live::Live;
 use super::stream::Connection;
-use crate::config::{Timeouts, host_of};
+use crate::config::host_of;
 use crate::dialect::{Endpoint, Head};
 use crate::problem::Refusal;
 use crate::wire;
@@ -61,16 +61,17 @@ impl Held {
 /// A body must be octets as they are: a coding would let the Delivery Service read others than the gateway did.
 fn check_content(request: &RequestHeader, endpoint: &Endpoint) -> Result<(), Refusal> {
     if request.headers.contains_key(header::CONTENT_ENCODING) {
-        return Err(Refusal::WrongContentType);
+        return Err(Refusal::WrongContentType { accept: endpoint.content_type });
     }
+    let wrong = Refusal::WrongContentType { accept: endpoint.content_type };
     let mut types = request.headers.get_all(header::CONTENT_TYPE).iter();
     match (endpoint.content_type, types.next(), types.next()) {
         (None, _, None) => Ok(()),
         (Some(wanted), Some(said), None) => {
             let essence = said.as_bytes().split(|b| *b == b';').next().unwrap_or_default().trim_ascii();
-            essence.eq_ignore_ascii_case(wanted.as_bytes()).then_some(()).ok_or(Refusal::WrongContentType)
+            essence.eq_ignore_ascii_case(wanted.as_bytes()).then_some(()).ok_or(wrong)
         }
-        _ => Err(Refusal::WrongContentType),
+        _ => Err(wrong),
     }
 }
 
@@ -141,13 +142,12 @@ pub(super) fn body(request: &RequestHeader, endpoint: &Endpoint, live: &Live) ->
 }
 
 /// What is read at which endpoint, and what holds for it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(super) struct Reading<'a> {
     pub(super) endpoint: &'static Endpoint,
     /// The parameter of the path, decoded.
     pub(super) parameter: &'a str,
-    pub(super) timeouts: &'a Timeouts,
-    pub(super) holding: &'a crate::config::Holding,
+    pub(super) live: &'a Live,
     /// Octets of all bodies that are held.
     pub(super) gauge: &'a IntGauge,
 }
@@ -160,10 +160,10 @@ pub(super) async fn peek(
     connection: &Connection,
     waited: &mut Duration,
 ) -> Result<Held, Stop> {
-    session.set_read_timeout(Some(reading.timeouts.body_idle));
+    session.set_read_timeout(Some(reading.live.timeouts.body_idle));
     let mut held = Held::new(reading.gauge);
     connection.hold(true);
-    let read = fill(&mut held, session, reading, waited).await;
+    let read = fill(&mut held, session, reading, connection, waited).await;
     connection.hold(false);
     read.map(|()| held)
 }
@@ -172,10 +172,12 @@ async fn fill(
     held: &mut Held,
     session: &mut Session,
     reading: &Reading<'_>,
+    connection: &Connection,
     waited: &mut Duration,
 ) -> Result<(), Stop> {
-    let Reading { endpoint, timeouts, .. } = *reading;
-    let most = reading.holding.of(endpoint.name);
+    let Reading { endpoint, live, .. } = *reading;
+    let (timeouts, most) = (&live.timeouts, live.holding.of(endpoint.name));
+    let mut share = None;
     session.as_mut().enable_retry_buffering();
     let deadline = Instant::now() + timeouts.body_total;
     let expects = session.req_header().headers.get(header::EXPECT);
@@ -194,9 +196,17 @@ async fn fill(
         if need > most {
             return Err(Refusal::TooLarge.into());
         }
-        // Of one that waits for more of its body; all others go on at once.
-        if reading.gauge.get() > reading.holding.total {
-            return Err(Refusal::TooMuchHeld { retry_after: timeouts.body_idle }.into());
+        // One that holds something and waits for more is one of a bounded number, of all and of its source; others go on.
+        if !held.octets().is_empty() {
+            let too_much = || Refusal::TooMuchHeld { retry_after: timeouts.body_idle };
+            if reading.gauge.get() > live.holding.total {
+                return Err(too_much().into());
+            }
+            if share.is_none() {
+                let peer = connection.identity.as_ref().and_then(|identity| identity.dns_names.first());
+                let (ip, most) = (connection.client.ip(), live.holding.of_a_source());
+                share = Some(live.admission.waiting(ip, peer.map(String::as_str), most).ok_or_else(too_much)?);
+            }
         }
         let began = Instant::now();
         let patience = timeouts.body_idle.min(deadline.saturating_duration_since(began));

@@ -323,7 +323,8 @@ fn server(
     let (threads, admin) = (config.threads, config.admin);
     let timeouts = config.timeouts;
     // As long as any request may take; `watch` ends the process before, unless there is a successor.
-    let longest = timeouts.shutdown.max(timeouts.body_total + config.upstream.read_timeout * 2);
+    let download = config.proxy_download.as_ref().map(|download| download.within).unwrap_or_default();
+    let longest = timeouts.shutdown.max(timeouts.body_total + config.upstream.read_timeout * 2).max(download);
     let live = Live::new(config, admission, privacy_pass, fleet, tls, egress_door, downloads);
     let shared = Arc::new(Shared {
         live: ArcSwap::from_pointee(live),
@@ -341,8 +342,8 @@ fn server(
     });
 
     let conf = ServerConf {
-        // Of services that only wait: those of listeners have others ([`Threads`]).
-        threads: 1,
+        // By this Pingora sizes its pools; services that only wait have one, those of listeners others ([`Threads`]).
+        threads,
         work_stealing: false,
         upstream_keepalive_pool_size: 1024,
         grace_period_seconds: Some(longest.as_secs().max(1)),
@@ -353,8 +354,6 @@ fn server(
     };
     let options = Opt { upgrade: from.is_some(), ..Opt::default() };
     let mut server = Server::new_with_opt_and_conf(options, conf);
-    // A successor gets the listening sockets here.
-    server.bootstrap();
     for address in addresses {
         let mut proxy = HttpProxy::new(Gateway(shared.clone()), server.configuration.clone());
         proxy.server_options = Some(door::server_options(shared.live.load().timeouts.keepalive));
@@ -366,7 +365,8 @@ fn server(
             service.add_listener(ListenerConfig::tcp(address.to_owned()).l4_buffer(buffers));
         };
         let name = format!("federation {address}");
-        server.add_service(Threads::new(name, address, door, listen, shared.threads.subscribe()));
+        let service = Threads::new(name, address, door, listen, shared.threads.subscribe());
+        server.add_service(service.map_err(|e| StartError::Io("runtime.threads", e))?);
     }
     if let Some(address) = egress {
         let mut proxy = HttpProxy::new(Egress(shared.clone()), server.configuration.clone());
@@ -375,7 +375,8 @@ fn server(
         let door = egress::EgressDoor { proxy: Arc::new(proxy), address, shared: shared.clone() };
         let listen = |service: &mut Service<Seat<egress::EgressDoor>>, address: &str| service.add_tcp(address);
         let name = format!("egress {address}");
-        server.add_service(Threads::new(name, address, door, listen, shared.threads.subscribe()));
+        let service = Threads::new(name, address, door, listen, shared.threads.subscribe());
+        server.add_service(service.map_err(|e| StartError::Io("runtime.threads", e))?);
     }
     let mut keeper = background_service("nodes", NodeKeeper(nodes));
     keeper.threads = Some(1);
@@ -384,6 +385,8 @@ fn server(
     service.threads = Some(1);
     service.add_tcp(&admin.to_string());
     server.add_service(service);
+    // A successor gets the listening sockets here: all that may fail has been done, for its predecessor goes then.
+    server.bootstrap();
     Ok((server, shared))
 }
 

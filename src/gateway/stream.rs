@@ -12,7 +12,7 @@ use crate::admission::PeerIdentity;
 use crate::problem::Refusal;
 use crate::tls;
 use async_trait::async_trait;
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use pingora_core::protocols::l4::socket::SocketAddr as PingoraAddr;
 use pingora_core::protocols::raw_connect::ProxyDigest;
 use pingora_core::protocols::{
@@ -43,6 +43,10 @@ const H2_PREFACE: usize = 24 + 9;
 
 /// Octets a read gives at most while a body is held back: see [`Connection::hold`].
 const HELD_READ: usize = 16 * 1024;
+
+/// Octets of an answer that wait for more of it, and as many as they go out with then: those of a TLS record.
+const JOINED: usize = 4 * 1024;
+const RECORD: usize = 16 * 1024;
 
 /// How long, and how long between two reads, an answered connection is read on.
 const LINGER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
@@ -229,6 +233,8 @@ pub(super) struct FederationStream<T: Transport> {
     head: Head,
     /// Which of the connection's heads this is about.
     nth: usize,
+    /// What is written and waits to be sent.
+    waiting: BytesMut,
 }
 
 impl<T: Transport> std::fmt::Debug for FederationStream<T> {
@@ -282,6 +288,7 @@ impl<T: Transport> FederationStream<T> {
             clock: Some(Box::pin(tokio::time::sleep(head_timeout))),
             head: Head::Reading { octets: 0 },
             nth: 1,
+            waiting: BytesMut::new(),
         }
     }
 
@@ -295,6 +302,42 @@ impl<T: Transport> FederationStream<T> {
         self.connection.linger();
         self.clock = None;
         self.head = Head::Refusing { answer: plain(refusal) };
+    }
+
+    /// Has octets of an answer wait for more of it: Pingora flushes where there is no more, or none that is known to come, so
+    /// that a head goes out with its body, in one record and one send (HTTP/1.1).
+    fn poll_join(&mut self, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if self.waiting.len() + buf.len() > JOINED {
+            let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
+            if self.waiting.is_empty() {
+                return Pin::new(inner).poll_write(cx, buf);
+            }
+            // What waits fills a record with what follows it.
+            if self.waiting.len() < RECORD {
+                let fits = buf.get(..RECORD - self.waiting.len()).unwrap_or(buf);
+                self.waiting.extend_from_slice(fits);
+                return Poll::Ready(Ok(fits.len()));
+            }
+            ready!(self.poll_send_waiting(cx))?;
+            return self.poll_join(cx, buf);
+        }
+        self.waiting.extend_from_slice(buf);
+        Poll::Ready(Ok(buf.len()))
+    }
+
+    /// Sends what waits.
+    fn poll_send_waiting(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.waiting.is_empty() {
+            let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
+            let written = ready!(Pin::new(inner).poll_write(cx, &self.waiting))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.waiting.advance(written);
+        }
+        // Idle connections are many.
+        self.waiting = BytesMut::new();
+        Poll::Ready(Ok(()))
     }
 
     /// Drives an own answer out.
@@ -372,9 +415,6 @@ impl<T: Transport> FederationStream<T> {
                     match Pin::new(inner).poll_read(cx, buf)? {
                         Poll::Ready(()) => {
                             *octets += buf.filled().len() - before;
-                            if self.clock.is_none() {
-                                self.clock = Some(Box::pin(tokio::time::sleep(self.head_timeout)));
-                            }
                             if *octets <= MAX_HEAD {
                                 return Poll::Ready(Ok(()));
                             }
@@ -382,6 +422,10 @@ impl<T: Transport> FederationStream<T> {
                             self.refuse(&Refusal::BadHttp("the request head is larger than 64 KiB"));
                         }
                         Poll::Pending => {
+                            // Most heads come whole, and need no clock.
+                            if *octets > 0 && self.clock.is_none() {
+                                self.clock = Some(Box::pin(tokio::time::sleep(self.head_timeout)));
+                            }
                             let late = self.clock.as_mut().map(|clock| clock.as_mut().poll(cx));
                             match late {
                                 Some(Poll::Ready(())) if *octets == 0 => {
@@ -431,6 +475,9 @@ impl<T: Transport> AsyncWrite for FederationStream<T> {
             ready!(this.poll_refusing(cx))?;
             return Poll::Ready(Ok(buf.len()));
         }
+        if !this.connection.h2 {
+            return this.poll_join(cx, buf);
+        }
         match this.inner.as_mut() {
             Some(inner) => {
                 let written = ready!(Pin::new(inner).poll_write(cx, buf))?;
@@ -442,14 +489,18 @@ impl<T: Transport> AsyncWrite for FederationStream<T> {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut().inner.as_mut() {
+        let this = self.get_mut();
+        ready!(this.poll_send_waiting(cx))?;
+        match this.inner.as_mut() {
             Some(inner) => Pin::new(inner).poll_flush(cx),
             None => Poll::Ready(Err(closed())),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut().inner.as_mut() {
+        let this = self.get_mut();
+        ready!(this.poll_send_waiting(cx))?;
+        match this.inner.as_mut() {
             Some(inner) => Pin::new(inner).poll_shutdown(cx),
             None => Poll::Ready(Ok(())),
         }
@@ -462,7 +513,7 @@ impl<T: Transport> AsyncWrite for FederationStream<T> {
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         match this.inner.as_mut() {
-            Some(inner) if !this.connection.reading_head.load(Ordering::Relaxed) => {
+            Some(inner) if this.connection.h2 && !this.connection.reading_head.load(Ordering::Relaxed) => {
                 let written = ready!(Pin::new(inner).poll_write_vectored(cx, bufs))?;
                 this.count(written);
                 Poll::Ready(Ok(written))
@@ -516,9 +567,7 @@ async fn linger(mut stream: impl Transport) {
 #[async_trait]
 impl<T: Transport> Shutdown for FederationStream<T> {
     async fn shutdown(&mut self) {
-        if let Some(inner) = self.inner.as_mut() {
-            let _ = tokio::time::timeout(LINGER.1, tokio::io::AsyncWriteExt::shutdown(inner)).await;
-        }
+        let _ = tokio::time::timeout(LINGER.1, tokio::io::AsyncWriteExt::shutdown(self)).await;
     }
 }
 

@@ -1,7 +1,10 @@
 //! The threads that serve: a listener's service runs on a runtime of its own, and a reload that says another number of threads
 //! begins another one beside it. From then on the new one accepts; what the old one has accepted stays with it to its end, so
-//! that no connection notices. The old one's threads are kept, asleep: connections to nodes that were opened there are shared
-//! by all.
+//! that no connection notices. Its threads are kept, and used again should their number come back: connections to nodes that
+//! were opened there are shared by all.
+//!
+//! Each crew has a descriptor of the listening socket that is its own alone, for Pingora closes it when it ends. The table that
+//! a successor is given says that of the crew which accepts now.
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -11,15 +14,21 @@ use pingora_core::server::{Fds, ListenFds, ShutdownWatch};
 use pingora_core::services::Service as _;
 use pingora_core::services::listening::Service;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use std::collections::HashMap;
 use std::io::{Error, IoSliceMut, Result};
-use std::mem::{ManuallyDrop, MaybeUninit};
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{IntoRawFd as _, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
-use tokio::runtime::{Builder, Handle, Runtime};
-use tokio::sync::{oneshot, watch};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+/// How long a crew may take to see that it is to accept no more.
+const STOPS_WITHIN: Duration = Duration::from_secs(1);
 
 /// A listener's service, on threads whose number may change.
 pub(super) struct Threads<A> {
@@ -29,26 +38,22 @@ pub(super) struct Threads<A> {
     /// Adds the listener to what Pingora makes of the application.
     listen: fn(&mut Service<Seat<A>>, &str),
     threads: watch::Receiver<usize>,
+    /// By how many threads they have.
+    runtimes: HashMap<usize, Handle>,
 }
 
-/// An application for as long as one runtime accepts for it: what its service is told when that is over is not for the
-/// connections.
+/// An application for as long as one crew accepts for it: what its service is told when that is over is not for the connections.
 pub(super) struct Seat<A> {
     app: Arc<A>,
     shutdown: ShutdownWatch,
 }
 
-/// Threads, and what ends their accepting.
+/// Those who accept.
 struct Crew {
-    accept: watch::Sender<bool>,
-    /// They end with the process, for what was accepted on them may go on until then.
-    _kept: ManuallyDrop<Kept>,
-}
-
-/// What a runtime would end with.
-enum Kept {
-    One(#[expect(dead_code, reason = "its being there is what it is for")] oneshot::Sender<()>),
-    Many(#[expect(dead_code, reason = "its being there is what it is for")] Runtime),
+    threads: usize,
+    /// Told, they accept no more.
+    over: watch::Sender<bool>,
+    accepting: JoinHandle<()>,
 }
 
 #[async_trait]
@@ -58,66 +63,79 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Seat<A> {
     }
 }
 
-/// A runtime of so many threads.
-fn runtime(threads: usize) -> Result<(Handle, Kept)> {
-    if threads > 1 {
-        let runtime = Builder::new_multi_thread().worker_threads(threads).thread_name("serve").enable_all().build()?;
-        return Ok((runtime.handle().clone(), Kept::Many(runtime)));
-    }
-    let runtime = Builder::new_current_thread().enable_all().build()?;
-    let handle = runtime.handle().clone();
-    let (end, ended) = oneshot::channel::<()>();
-    std::thread::Builder::new().name("serve".into()).spawn(move || drop(runtime.block_on(ended)))?;
-    Ok((handle, Kept::One(end)))
+/// A runtime of so many threads, which end with the process. Where the system gives no thread tokio panics: in one of our own, so
+/// that it is an error here.
+fn runtime(threads: usize) -> Result<Handle> {
+    let (tell, told) = mpsc::channel();
+    let serve = move || {
+        let mut builder = if threads > 1 { Builder::new_multi_thread() } else { Builder::new_current_thread() };
+        if threads > 1 {
+            builder.worker_threads(threads);
+        }
+        match builder.thread_name("serve").enable_all().build() {
+            Ok(runtime) => {
+                let _ = tell.send(Ok(runtime.handle().clone()));
+                // One thread is this one; of several, this one only sees to it that they stay.
+                runtime.block_on(std::future::pending::<()>());
+            }
+            Err(e) => drop(tell.send(Err(e))),
+        }
+    };
+    let name = if threads > 1 { "serving" } else { "serve" };
+    std::thread::Builder::new().name(name.into()).spawn(serve)?;
+    told.recv().unwrap_or_else(|_| Err(Error::other(format!("the system does not give {threads} threads"))))
 }
 
 // === impl Threads ===
 
 impl<A: ServerApp + Send + Sync + 'static> Threads<A> {
+    /// # Errors
+    /// There are not so many threads to be had as are wanted now.
     pub(super) fn new(
         name: String,
         address: SocketAddr,
         app: A,
         listen: fn(&mut Service<Seat<A>>, &str),
         threads: watch::Receiver<usize>,
-    ) -> Self {
-        Self { name, address, app: Arc::new(app), listen, threads }
+    ) -> Result<Self> {
+        let first = *threads.borrow();
+        let runtimes = HashMap::from([(first, runtime(first)?)]);
+        Ok(Self { name, address, app: Arc::new(app), listen, threads, runtimes })
     }
 
-    /// Begins to accept on so many threads.
-    fn begin(&self, threads: usize, fds: &ListenFds, shutdown: &ShutdownWatch) -> Result<Crew> {
-        let (handle, kept) = runtime(threads)?;
+    /// A runtime of so many threads: one there is, or another.
+    fn runtime(&mut self, threads: usize) -> Result<Handle> {
+        if let Some(known) = self.runtimes.get(&threads) {
+            return Ok(known.clone());
+        }
+        let made = runtime(threads)?;
+        self.runtimes.insert(threads, made.clone());
+        Ok(made)
+    }
+
+    /// Begins to accept on so many threads, with the socket in a table, or one that is then in it.
+    fn begin(&mut self, threads: usize, fds: ListenFds, shutdown: &ShutdownWatch) -> Result<Crew> {
+        let handle = self.runtime(threads)?;
         let seat = Seat { app: self.app.clone(), shutdown: shutdown.clone() };
         let mut service = Service::new(self.name.clone(), seat);
         (self.listen)(&mut service, &self.address.to_string());
-        let (accept, until) = watch::channel(false);
-        let fds = fds.clone();
-        handle.spawn(async move { service.start_service(Some(fds), until, 1).await });
-        Ok(Crew { accept, _kept: ManuallyDrop::new(kept) })
+        let (over, until) = watch::channel(false);
+        let accepting = handle.spawn(async move { service.start_service(Some(fds), until, 1).await });
+        Ok(Crew { threads, over, accepting })
     }
 
-    /// Another crew accepts from now on.
-    async fn exchange(&self, crew: Crew, threads: usize, fds: &ListenFds, shutdown: &ShutdownWatch) -> Crew {
+    /// Another crew, for the one that accepts so far.
+    fn exchange(&mut self, threads: usize, fds: &ListenFds, shutdown: &ShutdownWatch) -> Result<Crew> {
         let address = self.address.to_string();
-        let next = match another(fds, &address).await {
-            Ok(socket) => {
-                // The one in the table is given to a successor too, and the old one is closed with its crew.
-                fds.lock().add(address, socket.into_raw_fd());
-                self.begin(threads, fds, shutdown)
-            }
-            Err(e) => Err(e),
-        };
-        match next {
-            Ok(next) => {
-                tracing::info!(address = %self.address, threads, "connections are accepted on other threads");
-                crew.accept.send_replace(true);
-                next
-            }
-            Err(e) => {
-                tracing::error!(address = %self.address, threads, "the threads stay as they are: {e}");
-                crew
-            }
-        }
+        let socket = another(fds, &address)?;
+        // What can fail comes before the socket is nobody's but Pingora's.
+        self.runtime(threads)?;
+        let number = socket.into_raw_fd();
+        let mut own = Fds::new();
+        own.add(address.clone(), number);
+        let crew = self.begin(threads, Arc::new(Mutex::new(own)), shutdown)?;
+        fds.lock().add(address, number);
+        Ok(crew)
     }
 }
 
@@ -125,29 +143,48 @@ impl<A: ServerApp + Send + Sync + 'static> Threads<A> {
 impl<A: ServerApp + Send + Sync + 'static> pingora_core::services::Service for Threads<A> {
     async fn start_service(&mut self, fds: Option<ListenFds>, mut shutdown: ShutdownWatch, _: usize) {
         let fds = fds.unwrap_or_else(|| Arc::new(Mutex::new(Fds::new())));
-        let mut threads = *self.threads.borrow_and_update();
-        let mut crew = match self.begin(threads, &fds, &shutdown) {
+        let first = *self.threads.borrow_and_update();
+        let mut crew = match self.begin(first, fds.clone(), &shutdown) {
             Ok(crew) => crew,
             Err(e) => {
                 tracing::error!(address = %self.address, "there are no threads to accept on: {e}");
                 return;
             }
         };
+        let mut told = false;
         loop {
             tokio::select! {
-                told = shutdown.changed() => if told.is_err() || *shutdown.borrow() {
+                over = shutdown.changed() => if over.is_err() || *shutdown.borrow() {
                     break;
                 },
+                ended = &mut crew.accepting, if !told => {
+                    told = true;
+                    tracing::error!(address = %self.address, "connections are accepted no more: {ended:?}");
+                }
                 Ok(()) = self.threads.changed() => {
-                    let now = *self.threads.borrow_and_update();
-                    if now != threads {
-                        crew = self.exchange(crew, now, &fds, &shutdown).await;
-                        threads = now;
+                    let threads = *self.threads.borrow_and_update();
+                    if threads == crew.threads {
+                        continue;
+                    }
+                    match self.exchange(threads, &fds, &shutdown) {
+                        Ok(next) => {
+                            tracing::info!(address = %self.address, threads, "connections are accepted on other threads");
+                            let before = std::mem::replace(&mut crew, next);
+                            before.over.send_replace(true);
+                            told = false;
+                        }
+                        Err(e) => {
+                            tracing::error!(address = %self.address, threads, "the threads stay as they are: {e}");
+                        }
                     }
                 }
             }
         }
-        crew.accept.send_replace(true);
+        crew.over.send_replace(true);
+        if !told {
+            // What it has accepted until then is served.
+            let _ = tokio::time::timeout(STOPS_WITHIN, &mut crew.accepting).await;
+        }
         self.app.cleanup().await;
     }
 
@@ -167,35 +204,26 @@ impl<A: ServerApp + Send + Sync + 'static> pingora_core::services::Service for T
 
 /// Another descriptor of a listening socket, of which only the number is known: it is sent to ourselves, as it is to a
 /// successor.
-async fn another(fds: &ListenFds, address: &str) -> Result<OwnedFd> {
-    let gone = || Error::other("its socket is not known");
-    let number = *fds.lock().get(address).ok_or_else(gone)?;
+fn another(fds: &ListenFds, address: &str) -> Result<OwnedFd> {
     let mut one = Fds::new();
-    one.add(address.to_owned(), number);
+    {
+        let table = fds.lock();
+        let number = table.get(address).ok_or_else(|| Error::other("its socket is not known"))?;
+        one.add(address.to_owned(), *number);
+    }
     let id: [u8; 16] = crate::config::random().ok_or_else(|| Error::other("no randomness"))?;
-    tokio::task::spawn_blocking(move || {
-        // In a directory that is this user's alone, so that nobody else sends us one.
-        let dir = std::env::temp_dir().join(format!("moh-gateway-{}", hex::encode(id)));
-        std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
-        let path = dir.join("socket");
-        let received = UnixListener::bind(&path).and_then(|listener| {
-            let at = path.display().to_string();
-            std::thread::scope(|scope| {
-                let sent = scope.spawn(move || one.send_to_sock(at.as_str()));
-                let received = listener.accept().and_then(|(stream, _)| receive(&stream));
-                match sent.join() {
-                    Ok(Ok(_)) => received,
-                    Ok(Err(e)) => Err(e.into()),
-                    Err(_) => Err(Error::other("it could not be sent")),
-                }
-            })
-        });
-        let _ = std::fs::remove_file(&path);
-        let _ = std::fs::remove_dir(&dir);
-        received
-    })
-    .await
-    .map_err(Error::other)?
+    // In a directory that is this user's alone, so that nobody else sends us one.
+    let dir = std::env::temp_dir().join(format!("moh-gateway-{}", hex::encode(id)));
+    std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
+    let path = dir.join("socket");
+    let received = UnixListener::bind(&path).and_then(|listener| {
+        // It waits in the listener's queue until it is taken.
+        one.send_to_sock(path.display().to_string().as_str())?;
+        receive(&listener.accept()?.0)
+    });
+    let _ = std::fs::remove_file(&path);
+    let _ = std::fs::remove_dir(&dir);
+    received
 }
 
 fn receive(stream: &std::os::unix::net::UnixStream) -> Result<OwnedFd> {

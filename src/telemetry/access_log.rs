@@ -41,6 +41,8 @@ pub struct Line<'a> {
     pub client: String,
     /// The authenticated provider.
     pub provider: Option<&'a str>,
+    /// The first name of the certificate that was shown, whatever became of the request.
+    pub peer: Option<&'a str>,
     /// `HTTP/1.1` or `HTTP/2.0`.
     pub http: &'a str,
     /// The method.
@@ -71,7 +73,7 @@ pub struct Line<'a> {
     pub gateway_us: u64,
     /// What the Delivery Service took to begin its answer.
     pub ds_us: Option<u64>,
-    /// The node that answered.
+    /// The node that answered, or the host of a download.
     pub node: Option<&'a str>,
     /// Its trace, as the Delivery Service got it (W3C Trace Context).
     pub trace_id: Option<&'a str>,

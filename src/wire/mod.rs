@@ -209,6 +209,10 @@ impl<'a> Reader<'a> {
     #[inline]
     pub fn uri(&mut self, field: &'static str) -> Result<Uri<'a>> {
         let offset = self.offset;
+        // One that is too long is not waited for.
+        if self.clone().length(field)? > uri::LONGEST {
+            return Err(Error::Malformed { field, offset, reason: "a URI is longer than 2048 octets" });
+        }
         Uri::from_bytes(self.vector(field)?).map_err(|InvalidUri(reason)| Error::Malformed { field, offset, reason })
     }
 }

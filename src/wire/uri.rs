@@ -4,17 +4,18 @@
 //! A room or user is its provider's, so a check of who may send or get something is a check of a URI's provider.
 //! Whoever finds a URI that the gateway and a Delivery Service read differently is past that check. Therefore all that
 //! could be read in two ways is refused: userinfo, ports, white space, backslashes, a broken percent-encoding, a second
-//! `@`.
+//! `@`, a query, a fragment, dot segments. What may be spelled in two ways is one all the same, for whoever spells a user anew
+//! must not have a limit anew: see [`Uri::normal`].
 
 use super::{InvalidName, ProviderName};
 use std::borrow::Cow;
 use std::fmt;
 
 /// Octets that a URI has at most.
-const LONGEST: usize = 2048;
+pub(super) const LONGEST: usize = 2048;
 
-/// A URI of a room or user, as it came. Equal without regard to case in its scheme and its provider, and with regard to
-/// case everywhere else (RFC 3986 §6.2.2.1).
+/// A URI of a room or user, as it came. Equal if it is once scheme, provider and percent-encodings are in their normal form
+/// (RFC 3986 §6.2.2.1, §6.2.2.2), and with regard to case everywhere else.
 #[derive(Clone, Copy)]
 pub struct Uri<'a> {
     whole: &'a str,
@@ -50,8 +51,12 @@ impl<'a> Uri<'a> {
         }
         let (provider, before) = match rest.strip_prefix("//") {
             Some(rest) => {
-                let end = rest.bytes().position(ends_authority).unwrap_or(rest.len());
-                (rest.get(..end).unwrap_or(rest), whole.len() - rest.len())
+                let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+                // Somewhere on its way to the Delivery Service they may be taken out of it, and of what stands before it.
+                if path.split('/').any(is_dots) {
+                    return Err(InvalidUri("a URI has a segment . or .."));
+                }
+                (authority, whole.len() - rest.len())
             }
             None => {
                 let Some((user, provider)) = rest.split_once('@') else {
@@ -60,10 +65,9 @@ impl<'a> Uri<'a> {
                 if user.is_empty() {
                     return Err(InvalidUri("a URI has nothing before its @"));
                 }
-                // Behind a `?` or `#` an `@` is no part of an address, and there are readers to whom what stands before
-                // a `/` is a host.
-                if user.bytes().any(ends_authority) {
-                    return Err(InvalidUri("a URI without an authority has a /, ? or # before its @"));
+                // There are readers to whom what stands before a `/` is a host.
+                if user.contains('/') {
+                    return Err(InvalidUri("a URI without an authority has a / before its @"));
                 }
                 (provider, whole.len() - provider.len())
             }
@@ -85,36 +89,70 @@ impl<'a> Uri<'a> {
         self.provider
     }
 
-    /// Octets that are the same for URIs that are equal: scheme and provider in lower case. Borrowed where they are so
-    /// already, as they nearly always are.
+    /// Octets that are the same for URIs that are equal: scheme and provider in lower case; of percent-encodings the digits in
+    /// upper case, and those of what need not be encoded decoded. Borrowed where all is in lower case and nothing encoded, as
+    /// nearly always.
     #[inline]
     pub fn normal(&self) -> Cow<'a, [u8]> {
-        let [scheme, ..] = self.parts();
+        let scheme = self.whole.get(..self.scheme).unwrap_or_default();
         let is_small = |text: &str| !text.bytes().any(|octet| octet.is_ascii_uppercase());
-        if is_small(scheme) && is_small(self.provider.as_str()) {
+        if is_small(scheme) && is_small(self.provider.as_str()) && !self.whole.contains('%') {
             return Cow::Borrowed(self.whole.as_bytes());
         }
+        Cow::Owned(self.spelled())
+    }
+
+    #[cold]
+    fn spelled(&self) -> Vec<u8> {
         let mut octets = self.whole.as_bytes().to_vec();
-        for part in [0..self.scheme, self.before..self.after()] {
+        for part in [0..self.scheme, self.before..self.before + self.provider.as_str().len()] {
             if let Some(part) = octets.get_mut(part) {
                 part.make_ascii_lowercase();
             }
         }
-        Cow::Owned(octets)
+        let mut normal = Vec::with_capacity(octets.len());
+        let mut rest = &octets[..];
+        while let [octet, after @ ..] = rest {
+            rest = after;
+            match (octet, after) {
+                (b'%', [high, low, after @ ..]) => {
+                    rest = after;
+                    match decoded(*high, *low).filter(|octet| is_unreserved(*octet)) {
+                        Some(octet) => normal.push(octet),
+                        None => normal.extend([b'%', high.to_ascii_uppercase(), low.to_ascii_uppercase()]),
+                    }
+                }
+                (octet, _) => normal.push(*octet),
+            }
+        }
+        normal
     }
+}
 
-    /// Octets up to the end of the provider.
-    fn after(&self) -> usize {
-        self.before + self.provider.as_str().len()
-    }
+/// Octets of RFC 3986 §2.3, which mean the same whether they are percent-encoded or not.
+fn is_unreserved(octet: u8) -> bool {
+    octet.is_ascii_alphanumeric() || matches!(octet, b'-' | b'.' | b'_' | b'~')
+}
 
-    /// What stands before, between and after the colon and the provider.
-    #[inline]
-    fn parts(&self) -> [&'a str; 3] {
-        let whole = self.whole;
-        [whole.get(..self.scheme), whole.get(self.scheme..self.before), whole.get(self.after()..)]
-            .map(Option::unwrap_or_default)
+/// A segment that is taken out of a path, in any spelling (RFC 3986 §3.3, §6.2.2.2).
+#[inline]
+fn is_dots(segment: &str) -> bool {
+    // Most begin with something else.
+    if !segment.starts_with(['.', '%']) {
+        return false;
     }
+    let mut rest = segment;
+    let mut dots = 0;
+    while let Some(after) = rest.strip_prefix('.').or(rest.strip_prefix("%2e")).or(rest.strip_prefix("%2E")) {
+        (rest, dots) = (after, dots + 1);
+    }
+    rest.is_empty() && dots <= 2
+}
+
+/// What two hex digits stand for.
+fn decoded(high: u8, low: u8) -> Option<u8> {
+    let digit = |octet: u8| char::from(octet).to_digit(16);
+    u8::try_from(digit(high)? << 4 | digit(low)?).ok()
 }
 
 /// Octets that a URI may hold, and after a `%` two hex digits.
@@ -127,8 +165,8 @@ fn check_octets(uri: &[u8]) -> Result<(), InvalidUri> {
                 [high, low, after @ ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => after,
                 _ => return Err(InvalidUri("a URI has a % without two hex digits after it")),
             },
-            b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{'..=b'}' => {
-                return Err(InvalidUri("a URI holds one of \"<>\\^`{|}"));
+            b'"' | b'#' | b'<' | b'>' | b'?' | b'\\' | b'^' | b'`' | b'{'..=b'}' => {
+                return Err(InvalidUri("a URI holds one of \"#<>?\\^`{|}"));
             }
             0x21..=0x7e => after,
             _ => return Err(InvalidUri("a URI holds more than printable ASCII")),
@@ -144,22 +182,9 @@ fn is_scheme(scheme: &[u8]) -> bool {
     scheme.first().is_some_and(u8::is_ascii_alphabetic) && scheme.iter().all(is_inner)
 }
 
-/// Whether an authority ends before this octet (RFC 3986 §3.2).
-#[inline]
-fn ends_authority(octet: u8) -> bool {
-    matches!(octet, b'/' | b'?' | b'#')
-}
-
 impl PartialEq for Uri<'_> {
     fn eq(&self, other: &Self) -> bool {
-        if self.whole == other.whole {
-            return true;
-        }
-        let ([scheme, between, after], [its_scheme, its_between, its_after]) = (self.parts(), other.parts());
-        between == its_between
-            && after == its_after
-            && self.provider == other.provider
-            && scheme.eq_ignore_ascii_case(its_scheme)
+        self.whole == other.whole || self.normal() == other.normal()
     }
 }
 
@@ -192,8 +217,8 @@ mod tests {
             ("mimi://b.example/u/bob", "b.example"),
             ("mimi://b.example", "b.example"),
             ("mimi://b.example/", "b.example"),
-            ("mimi://b.example?x", "b.example"),
-            ("mimi://b.example#x@c.example", "b.example"),
+            ("mimi://b.example/u/...", "b.example"),
+            ("mimi://b.example/u/caf%C3%A9", "b.example"),
             ("mimi://b.example/@c.example//d.example", "b.example"),
             ("mimi://b.example/r/a%2F%2fb", "b.example"),
             ("MIMI://B.Example/u/Bob", "b.example"),
@@ -247,6 +272,17 @@ mod tests {
             "mimi://b.example/u/%2",
             "mimi://b.example/u/%2g",
             "mimi://b.example/u/%%41",
+            "mimi://b.example/u/%2E%2e/x",
+            "mimi://b.example/u/.%2e",
+            "mimi://b.example/%2E",
+            "mimi://b.example/u/bob?x",
+            "mimi://b.example/u/bob#x",
+            "mimi://b.example?x",
+            "mimi://b.example#x@c.example",
+            "mimi://b.example/.",
+            "mimi://b.example/../notify/x",
+            "mimi://b.example/u/./bob",
+            "mimi://b.example/u/..",
             "mimi://b.example/u/\"",
             "mimi://b.example/u/<",
             "mimi://b.example/u/>",
@@ -285,6 +321,10 @@ mod tests {
             ("mimi://b.example/u/bob", "MIMI://B.EXAMPLE/u/bob"),
             ("im:bob@b.example", "Im:bob@b.Example"),
             ("mimi://b.example", "mimi://B.example"),
+            ("mimi://b.example/u/caf%c3%a9", "mimi://B.example/u/caf%C3%A9"),
+            ("mimi://b.example/u/b%6fb", "mimi://b.example/u/bob"),
+            ("im:%62ob@b.example", "im:bob@b.example"),
+            ("mimi://b.example/u/%7ebob", "mimi://b.example/u/~bob"),
         ] {
             assert_eq!(uri(one), uri(other));
             assert_eq!(uri(one).normal(), uri(other).normal());
@@ -294,7 +334,9 @@ mod tests {
             ("mimi://b.example/u/bob", "mimi://b.example/u/bo"),
             ("mimi://b.example/u/bob", "mimi://c.example/u/bob"),
             ("mimi://b.example/u/bob", "mimj://b.example/u/bob"),
-            ("mimi://b.example/u/bob", "mimi://b.example?u/bob"),
+            ("mimi://b.example/u/caf%C3%A9", "mimi://b.example/u/caf%C3%A8"),
+            ("mimi://b.example/u/a%2Fb", "mimi://b.example/u/a/b"),
+            ("mimi://b.example/u/%254e", "mimi://b.example/u/%4e"),
             ("mimi://b.example", "mimi://b.example/"),
             ("im:bob@b.example", "im:Bob@b.example"),
             ("mimi://a.example/b.example", "mimi://a.example/B.example"),
@@ -310,6 +352,7 @@ mod tests {
         assert!(matches!(uri("mimi://b.example/u/Bob").normal(), Cow::Borrowed(b"mimi://b.example/u/Bob")));
         assert_eq!(&*uri("MiMi://B.Example/u/Bob").normal(), b"mimi://b.example/u/Bob");
         assert_eq!(&*uri("IM:Bob@B.Example").normal(), b"im:Bob@b.example");
+        assert_eq!(&*uri("mimi://b.example/caf%c3%a9").normal(), b"mimi://b.example/caf%C3%A9");
     }
 
     #[test]

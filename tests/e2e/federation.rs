@@ -1275,6 +1275,37 @@ async fn threads_are_exchanged_under_requests() {
 }
 
 #[tokio::test]
+async fn threads_are_exchanged_faster_than_they_come() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    let before = std::fs::read_dir(format!("/proc/{}/fd", gateway.pid())).unwrap().count();
+    let numbers = ["threads = 2", "threads = 1", "threads = 3"];
+    for n in 0..60 {
+        edit(&gateway, numbers[n % 3], numbers[(n + 1) % 3]);
+        assert_eq!(post(&gateway).await.status, 200);
+        if n % 10 == 9 {
+            assert_eq!(status(&gateway.peer(), "a.example").await, 200, "{n}");
+        }
+    }
+    let until = Instant::now() + Duration::from_secs(5);
+    loop {
+        // A socket is of one crew alone, and is closed with it; runtimes of the same number are used again.
+        let now = std::fs::read_dir(format!("/proc/{}/fd", gateway.pid())).unwrap().count();
+        if now <= before + 20 {
+            break;
+        }
+        assert!(Instant::now() < until, "{before} descriptors before, {now} now");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(serving(&gateway) <= 2 + 1 + 3, "{}", serving(&gateway));
+    for client in both(|| gateway.peer()) {
+        assert_eq!(status(&client, "a.example").await, 200);
+    }
+    let said = gateway.stderr();
+    assert!(!said.contains("accepted no more") && !said.contains("panicked"), "{said}");
+}
+
+#[tokio::test]
 async fn a_bad_configuration_changes_nothing() {
     let ds = Ds::start().await;
     let gateway = Gateway::start(Setup::of(&ds)).await;

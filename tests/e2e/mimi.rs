@@ -1082,7 +1082,8 @@ async fn more_than_may_be_held_of_a_body_is_too_large() {
 
 #[tokio::test]
 async fn when_too_much_is_held_those_that_wait_are_refused_and_the_others_pass() {
-    const HANGING: usize = 26;
+    // A sixteenth of all is one source's, and 8 at least.
+    const HANGING: usize = 8;
     const OF_EACH: usize = 40_000;
     let ds = Ds::start().await;
     ds.set_response(200, &[], "");
@@ -1090,28 +1091,43 @@ async fn when_too_much_is_held_those_that_wait_are_refused_and_the_others_pass()
     let gateway = Gateway::start(setup.with("[connections]\nheld_bodies = \"1MiB\"")).await;
     let body = submit(&private_message(b"group", OF_EACH + 1_000), ALICE);
     let path = at("submitMessage", ROOM);
-    let client = peer(&gateway);
-    let mut uploads = vec![];
-    for _ in 0..HANGING {
+    let hang = async |client: &Client| {
         let upload = client.begin(Method::POST, &path, &[FROM], None).await.unwrap();
-        upload.write(body[..OF_EACH].to_vec()).await.unwrap();
-        uploads.push(upload);
-    }
-    until_held(&gateway, HANGING * OF_EACH).await;
-    assert_eq!((client.connections(), ds.begun()), (1, 0));
-
-    // One more of these does not fit, on this connection or another.
-    for client in [&client, &peer(&gateway), &peer(&gateway).http1()] {
-        let mut upload = client.begin(Method::POST, &path, &[FROM], None).await.unwrap();
         let _ = upload.write(body[..OF_EACH].to_vec()).await;
+        upload
+    };
+    let is_too_much = async |client: &Client| {
+        let mut upload = hang(client).await;
         let response = upload.answer().await.unwrap();
         is_problem(&response, 503, "too-much-held");
         let wait: u64 = response.header("retry-after").unwrap().parse().unwrap();
         assert!(wait >= 1, "{wait}");
+    };
+    let client = peer(&gateway);
+    let mut uploads = vec![];
+    for _ in 0..HANGING {
+        uploads.push(hang(&client).await);
+    }
+    until_held(&gateway, HANGING * OF_EACH).await;
+    assert_eq!((client.connections(), ds.begun()), (1, 0));
+
+    // One more of its own is one too many, on this connection or another.
+    for client in [&client, &peer(&gateway), &peer(&gateway).http1()] {
+        is_too_much(client).await;
         until_held(&gateway, HANGING * OF_EACH).await;
     }
+    // Others have shares of their own, until there is no more for anybody.
+    let mut others = vec![];
+    for (name, number) in [("c.example", HANGING), ("d.example", HANGING), ("e.example", 2)] {
+        let other = of_provider(&gateway, name);
+        for _ in 0..number {
+            others.push(hang(&other).await);
+        }
+    }
+    until_held(&gateway, 26 * OF_EACH).await;
+    is_too_much(&of_provider(&gateway, "e.example")).await;
     let refused = "decision=\"refused\",endpoint=\"submitMessage\",reason=\"too-much-held\"";
-    gateway.until_metric(&format!("moh_gateway_requests_total{{{refused}}}"), |n| n == 3.0).await;
+    gateway.until_metric(&format!("moh_gateway_requests_total{{{refused}}}"), |n| n >= 4.0).await;
     assert_eq!(ds.begun(), 0);
 
     // What is decided by its beginning is not held.
@@ -1131,6 +1147,7 @@ async fn when_too_much_is_held_those_that_wait_are_refused_and_the_others_pass()
     }
     assert_eq!(ds.complete(), passed);
 
+    drop(others);
     for upload in uploads {
         upload.write(body[OF_EACH..].to_vec()).await.unwrap();
         let response = upload.finish().await.unwrap();

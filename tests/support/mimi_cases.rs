@@ -287,7 +287,7 @@ pub fn people_of_long_domains() -> People {
         alice: format!("im:alice@{theirs}"),
         bob: format!("im:%62ob@{ours}"),
         eve: "IM:eve@xn--mnchen-3ya.example".to_owned(),
-        room: format!("mimi+x-1.0://{ours}?room=club#house"),
+        room: format!("mimi+x-1.0://{ours}/r;club=1/h%C3%A0use"),
         their_room: format!("Mimi://{theirs}"),
         ours,
         theirs,

@@ -7,6 +7,9 @@ use crate::tls::Roots;
 use crate::wire::ProviderName;
 use toml::Spanned;
 
+/// As long as a download may take: a drain waits for it.
+const LONGEST: std::time::Duration = std::time::Duration::from_secs(3600);
+
 const HOSTS: &str = "proxy_download.hosts";
 
 impl Resolver<'_> {
@@ -23,6 +26,11 @@ impl Resolver<'_> {
         let largest = table.max_size.get_ref().0;
         if largest == 0 {
             self.wrong(&table.max_size, "proxy_download.max_size", "of nothing there is nothing to download");
+        }
+        if table.timeout.0 > LONGEST {
+            let error =
+                self.error(table.hosts.span().start, "proxy_download.timeout".into(), "an hour is the most".into());
+            self.errors.push(error);
         }
         let trusted = self.trusted(&table.ca, None, |_| "proxy_download.ca".to_owned())?;
         if let Roots::Files(files) = &trusted.files.ca {
@@ -66,6 +74,19 @@ impl Resolver<'_> {
                 format!("{text:?} is this gateway: a download could ask it for another, and that for another");
             self.wrong(host, HOSTS, message);
             return None;
+        }
+        let is_named = |ours: &Provider| {
+            let of = |name_of_ours: &String| {
+                ProviderName::from_bytes(name_of_ours.as_bytes()).is_ok_and(|ours| ours.matches(&name))
+            };
+            ours.names.iter().any(of)
+        };
+        if provider.is_some_and(is_named) {
+            self.hint(
+                host,
+                HOSTS,
+                format!("{text:?} is a name of this provider: is it not this gateway that answers there?"),
+            );
         }
         if name != bare && !bare.contains('.') {
             self.hint(host, HOSTS, format!("{text:?} lets anybody in who has a name below {bare:?}"));
@@ -171,6 +192,8 @@ mod tests {
         assert!(hints.len() == 1 && hints[0].starts_with("3: proxy_download.hosts: none"), "{hints:?}");
         let (settings, errors, hints) = resolved("hosts = [\"*.example\"]");
         assert_eq!((settings.unwrap().hosts, errors.len()), (vec!["*.example".to_owned()], 0));
-        assert!(hints.len() == 1 && hints[0].contains("*.example"), "{hints:?}");
+        assert!(hints.len() == 2 && hints.iter().all(|hint| hint.contains("*.example")), "{hints:?}");
+        let (_, errors, _) = resolved("hosts = [\"a.example\"]\ntimeout = \"2h\"");
+        assert!(errors.len() == 1 && errors[0].ends_with("proxy_download.timeout: an hour is the most"), "{errors:?}");
     }
 }

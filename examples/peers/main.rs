@@ -1,0 +1,186 @@
+//! What a request costs beside others: moh-gateway with ten limits, NGINX with a limit by address, HAProxy with a table of groups
+//! that it reads from the body, and a bare Pingora proxy are sent the same requests over TLS 1.3, by turns in one run, in front
+//! of the same backend. Printed, and written into docs/performance.md, is what each spends of a core on a request, how many it
+//! answers, how long they wait at half load, and what memory it takes; and docs/peers.svg is drawn.
+//!
+//! The servers have one core, of which they use one thread each, one after the other; what sends and answers has another:
+//! `make bench-peers`.
+// Lengths are its own, and a panic is an end like others.
+#![allow(unreachable_pub, clippy::indexing_slicing)]
+
+mod backend;
+mod bare;
+mod drawing;
+mod load;
+mod memory;
+mod process;
+mod report;
+mod requests;
+mod results;
+mod servers;
+#[path = "../../tests/support/mod.rs"]
+mod support;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Parser, Subcommand};
+
+use load::Generator;
+use requests::{Case, MIB};
+use results::Results;
+use servers::{Kind, Place};
+
+/// What can go wrong.
+type Error = support::client::Error;
+
+/// That of the gateway, for the bare proxy too.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Descriptors that what sends needs beside its idle connections.
+const SPARE: usize = 1000;
+
+/// Compares moh-gateway with NGINX, HAProxy and a bare Pingora proxy.
+#[derive(Debug, Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    role: Option<Role>,
+    /// The gateway to start [default: the moh-gateway that was built beside this program]
+    #[arg(long, value_name = "PATH")]
+    gateway: Option<PathBuf>,
+    /// How often everything is measured, in turn [default: 7, or 2 with --quick]
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Shorter measurements, which are printed and written nowhere
+    #[arg(long)]
+    quick: bool,
+    /// Where performance.md is, and the picture goes
+    #[arg(long, value_name = "PATH", default_value = "docs")]
+    docs: PathBuf,
+}
+
+/// What this program is when it is no comparison.
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// The bare Pingora proxy, which the comparison starts
+    Bare(bare::Arguments),
+}
+
+/// How much is measured.
+struct Extent {
+    rounds: usize,
+    /// Of each measurement.
+    seconds: f64,
+    /// Idle, at once.
+    connections: usize,
+    /// How often memory is looked at.
+    memory: usize,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let done = match &arguments.role {
+        Some(Role::Bare(bare)) => bare::run(bare),
+        None => run(&arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("peers: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), Error> {
+    process::pin(std::process::id(), process::OTHERS)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        // Dropped halfway, it ends the servers too.
+        tokio::select! {
+            done = compare(arguments) => done,
+            _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
+        }
+    })
+}
+
+async fn compare(arguments: &Arguments) -> Result<(), Error> {
+    let document = arguments.docs.join("performance.md");
+    if !arguments.quick {
+        // Said now, and not when all is measured.
+        report::split(&document)?;
+    }
+    let extent = extent(arguments)?;
+    let setting = format!("{} rounds of {} s in turn; {}", extent.rounds, extent.seconds, servers::setting()?);
+    eprintln!("{setting}");
+    let place = Place::make(arguments.gateway.as_deref()).await?;
+    let generator = Arc::new(Generator::new(&place.ca_pem)?);
+    let mut results = Results::default();
+    measure(&place, &generator, &extent, &mut results).await?;
+    for time in 0..extent.memory {
+        for kind in Kind::COMPARED {
+            eprintln!("memory, {} of {}: {}", time + 1, extent.memory, kind.name());
+            let memory = memory::measure(&place, &generator, kind, extent.connections).await?;
+            results.memory.entry(kind).or_default().push(memory);
+        }
+    }
+    let report = report::markdown(&results, &setting);
+    println!("{report}");
+    if !arguments.quick {
+        let picture = arguments.docs.join("peers.svg");
+        drawing::draw(&results, &picture)?;
+        report::write(&document, &report)?;
+        eprintln!("written: {} and {}", document.display(), picture.display());
+    }
+    Ok(())
+}
+
+fn extent(arguments: &Arguments) -> Result<Extent, Error> {
+    let (rounds, seconds, connections, memory) = if arguments.quick { (2, 0.4, 1000, 1) } else { (7, 1.5, 10_000, 3) };
+    let rounds = arguments.rounds.unwrap_or(rounds).max(1);
+    let most = process::descriptors()?.saturating_sub(SPARE);
+    if most < connections {
+        eprintln!("peers: descriptors are for {most} idle connections and no more: ulimit -n");
+    }
+    Ok(Extent { rounds, seconds, connections: connections.min(most), memory })
+}
+
+/// What requests cost and how long they wait: each case by all servers, one after the other, and another first each time.
+async fn measure(
+    place: &Place,
+    generator: &Arc<Generator>,
+    extent: &Extent,
+    results: &mut Results,
+) -> Result<(), Error> {
+    let mut servers = vec![];
+    for kind in Kind::ALL {
+        servers.push(place.start(kind, generator).await?);
+    }
+    for round in 0..extent.rounds {
+        for case in Case::ALL {
+            servers.rotate_left(1);
+            // Bodies of megabytes are few in a second.
+            let seconds = if case.size < MIB { extent.seconds } else { 2.0 * extent.seconds };
+            let (mut lowest, mut told) = (f64::INFINITY, vec![]);
+            for server in &servers {
+                let cost = generator.saturate(server, case, seconds).await;
+                let cost = cost.map_err(|error| server.failed(&case, &error))?;
+                told.push(format!("{} {:.1} µs", server.kind.name(), cost.micros));
+                if Kind::COMPARED.contains(&server.kind) {
+                    lowest = lowest.min(cost.rate);
+                }
+                results.costs.entry((server.kind, case)).or_default().push(cost);
+            }
+            eprintln!("round {} of {}, {case}: {}", round + 1, extent.rounds, told.join(", "));
+            for server in servers.iter().filter(|server| Kind::COMPARED.contains(&server.kind)) {
+                let waits = generator.half_load(server, case, lowest / 2.0, seconds).await;
+                let waits = waits.map_err(|error| server.failed(&case, &error))?;
+                results.waits.entry((server.kind, case)).or_default().push(waits);
+            }
+            results.rates.entry(case).or_default().push(lowest / 2.0);
+        }
+    }
+    Ok(())
+}
