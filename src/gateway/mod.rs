@@ -405,23 +405,24 @@ impl Gateway {
 
 #[async_trait]
 impl ProxyHttp for Gateway {
-    type CTX = RequestContext;
+    // Pingora hands it on by value, again and again.
+    type CTX = Box<RequestContext>;
 
-    fn new_ctx(&self) -> RequestContext {
-        RequestContext::new(&self.0)
+    fn new_ctx(&self) -> Self::CTX {
+        Box::new(RequestContext::new(&self.0))
     }
 
     fn init_downstream_modules(&self, _: &mut HttpModules) {
         // None: what the Delivery Service answers goes back octet for octet.
     }
 
-    async fn early_request_filter(&self, session: &mut Session, ctx: &mut RequestContext) -> Result<()> {
+    async fn early_request_filter(&self, session: &mut Session, ctx: &mut Self::CTX) -> Result<()> {
         ctx.begin(session);
         ctx.connection = head_is_in(session, &ctx.live);
         Ok(())
     }
 
-    async fn request_filter(&self, session: &mut Session, ctx: &mut RequestContext) -> Result<bool> {
+    async fn request_filter(&self, session: &mut Session, ctx: &mut Self::CTX) -> Result<bool> {
         let admitted = self.admit(session, ctx).await;
         let took = ctx.began.elapsed().saturating_sub(ctx.waited);
         ctx.gateway_took = Some(took);
@@ -440,7 +441,7 @@ impl ProxyHttp for Gateway {
         }
     }
 
-    async fn upstream_peer(&self, session: &mut Session, ctx: &mut RequestContext) -> Result<Box<HttpPeer>> {
+    async fn upstream_peer(&self, session: &mut Session, ctx: &mut Self::CTX) -> Result<Box<HttpPeer>> {
         // What was read so far is sent again from the start.
         ctx.body.rewind();
         ctx.permit = None;
@@ -483,7 +484,7 @@ impl ProxyHttp for Gateway {
         &self,
         _: &mut Session,
         _: &HttpPeer,
-        ctx: &mut RequestContext,
+        ctx: &mut Self::CTX,
         mut e: Box<Error>,
     ) -> Box<Error> {
         if let Some(download) = &ctx.download {
@@ -510,7 +511,7 @@ impl ProxyHttp for Gateway {
         _: &HttpPeer,
         _: std::os::unix::io::RawFd,
         _: Option<&Digest>,
-        ctx: &mut RequestContext,
+        ctx: &mut Self::CTX,
     ) -> Result<()> {
         // One that is kept says nothing of whether it would make another.
         if let Some(node) = ctx.node.as_ref().filter(|_| !reused) {
@@ -528,7 +529,7 @@ impl ProxyHttp for Gateway {
         _: &HttpPeer,
         session: &mut Session,
         mut e: Box<Error>,
-        ctx: &mut RequestContext,
+        ctx: &mut Self::CTX,
         reused: bool,
     ) -> Box<Error> {
         if let Some(download) = &mut ctx.download {
@@ -571,7 +572,7 @@ impl ProxyHttp for Gateway {
         _: &mut Session,
         body: &mut Option<Bytes>,
         end: bool,
-        ctx: &mut RequestContext,
+        ctx: &mut Self::CTX,
     ) -> Result<()> {
         match &ctx.watch {
             // A download's deadline is its answer's.
@@ -590,7 +591,7 @@ impl ProxyHttp for Gateway {
         &self,
         _: &mut Session,
         request: &mut RequestHeader,
-        ctx: &mut RequestContext,
+        ctx: &mut Self::CTX,
     ) -> Result<()> {
         if let Some(download) = &ctx.download {
             download.request(request)?;
@@ -622,7 +623,7 @@ impl ProxyHttp for Gateway {
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
-        ctx: &mut RequestContext,
+        ctx: &mut Self::CTX,
     ) -> Result<()> {
         if let Some(download) = &mut ctx.download
             && let Err(refused) = download.response(response)
@@ -659,7 +660,7 @@ impl ProxyHttp for Gateway {
         _: &mut Session,
         body: &mut Option<Bytes>,
         end: bool,
-        ctx: &mut RequestContext,
+        ctx: &mut Self::CTX,
     ) -> Result<Option<Duration>> {
         let octets = body.as_ref().map_or(0, Bytes::len);
         if let Some(download) = &mut ctx.download {
@@ -677,7 +678,7 @@ impl ProxyHttp for Gateway {
         &self,
         _: &mut Session,
         trailers: &mut HeaderMap,
-        ctx: &mut RequestContext,
+        ctx: &mut Self::CTX,
     ) -> Result<()> {
         if ctx.download.is_some() {
             trailers.clear();
@@ -685,7 +686,7 @@ impl ProxyHttp for Gateway {
         Ok(())
     }
 
-    async fn fail_to_proxy(&self, session: &mut Session, e: &Error, ctx: &mut RequestContext) -> FailToProxy {
+    async fn fail_to_proxy(&self, session: &mut Session, e: &Error, ctx: &mut Self::CTX) -> FailToProxy {
         let downstream = *e.esource() == ErrorSource::Downstream;
         let unread = matches!(e.etype(), ErrorType::WriteError | ErrorType::WriteTimedout);
         let reset = matches!(e.etype(), ErrorType::ConnectionClosed | ErrorType::H2Error)
@@ -732,12 +733,12 @@ impl ProxyHttp for Gateway {
         FailToProxy { error_code: status, can_reuse_downstream: false }
     }
 
-    fn suppress_error_log(&self, _: &Session, _: &RequestContext, _: &Error) -> bool {
+    fn suppress_error_log(&self, _: &Session, _: &Self::CTX, _: &Error) -> bool {
         // The access log says it, and a stranger cannot fill a disk with it.
         true
     }
 
-    async fn logging(&self, session: &mut Session, _: Option<&Error>, ctx: &mut RequestContext) {
+    async fn logging(&self, session: &mut Session, _: Option<&Error>, ctx: &mut Self::CTX) {
         ctx.account(session);
     }
 }
