@@ -480,13 +480,7 @@ impl ProxyHttp for Gateway {
         Ok(Box::new(forward::peer(&node, &settings, &ctx.live.timeouts, &self.0.node_tls, body_is_in)?))
     }
 
-    fn fail_to_connect(
-        &self,
-        _: &mut Session,
-        _: &HttpPeer,
-        ctx: &mut Self::CTX,
-        mut e: Box<Error>,
-    ) -> Box<Error> {
+    fn fail_to_connect(&self, _: &mut Session, _: &HttpPeer, ctx: &mut Self::CTX, mut e: Box<Error>) -> Box<Error> {
         if let Some(download) = &ctx.download {
             e.set_retry(download.has_another() && !forward::is_of_this_process(&e));
             return e;

@@ -151,15 +151,25 @@ impl Pool {
     /// # Errors
     /// There are no threads to be had.
     pub fn start(threads: usize, max_wait: Duration) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared {
-            jobs: Inbox::new(MOST_WAITING),
-            // Each job is told of once, and those at work are few.
-            told: Inbox::new(2 * MOST_WAITING),
-            ended: AtomicBool::new(false),
-        });
         let threads = threads.max(1);
+        // As measured on one machine: where they begin.
+        let cost = [900_000, 20_000, 40_000].map(AtomicU64::new);
+        let bound = max_wait.as_nanos().saturating_mul(threads as u128);
+        // Its end is that of its threads, also of those that there are when one more is not to be had.
+        let pool = Self {
+            shared: Arc::new(Shared {
+                jobs: Inbox::new(MOST_WAITING),
+                // Each job is told of once, and those at work are few.
+                told: Inbox::new(2 * MOST_WAITING),
+                ended: AtomicBool::new(false),
+            }),
+            load: Arc::new(Load { waiting: AtomicU64::new(0), cost }),
+            threads,
+            max_wait,
+            bound: u64::try_from(bound).unwrap_or(u64::MAX),
+        };
         let workers = (0..threads).map(|n| {
-            spawn(format!("tokens-{n}"), &shared, |shared, asleep| {
+            spawn(format!("tokens-{n}"), &pool.shared, |shared, asleep| {
                 // Where it is not allowed, workers are like others.
                 let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
                 let _ = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle);
@@ -174,19 +184,14 @@ impl Pool {
             })
         });
         let workers = workers.collect::<std::io::Result<_>>()?;
-        let teller = spawn("told-tokens".into(), &shared, |shared, asleep| {
+        let teller = spawn("told-tokens".into(), &pool.shared, |shared, asleep| {
             while let Some(told) = shared.told.take(asleep, &shared.ended) {
                 told();
             }
         })?;
         // Until they are known nobody is woken, and they look for themselves.
-        let _ = (shared.jobs.takers.set(workers), shared.told.takers.set(vec![teller]));
-        // As measured on one machine: where they begin.
-        let cost = [900_000, 20_000, 40_000].map(AtomicU64::new);
-        let bound = max_wait.as_nanos().saturating_mul(threads as u128);
-        let load = Arc::new(Load { waiting: AtomicU64::new(0), cost });
-        let bound = u64::try_from(bound).unwrap_or(u64::MAX);
-        Ok(Self { shared, load, threads, max_wait, bound })
+        let _ = (pool.shared.jobs.takers.set(workers), pool.shared.told.takers.set(vec![teller]));
+        Ok(pool)
     }
 
     /// Whether [`Pool::start`] would make another like it.
@@ -297,6 +302,18 @@ mod tests {
         go.send(()).unwrap();
         assert_eq!(pool.run(KIND, || 4).await, Ok(4));
         assert!(told.recv().is_err());
+    }
+
+    #[test]
+    fn its_end_is_that_of_its_threads() {
+        let pool = Pool::start(2, Duration::from_secs(1)).unwrap();
+        let shared = Arc::downgrade(&pool.shared);
+        drop(pool);
+        let until = Instant::now() + Duration::from_secs(10);
+        while shared.strong_count() > 0 {
+            assert!(Instant::now() < until, "they go on");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     #[tokio::test]

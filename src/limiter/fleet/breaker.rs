@@ -1,5 +1,6 @@
 //! The breaker between requests and a store that does not answer: while it is open no request waits for the store.
 
+use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use tokio::sync::Notify;
 
@@ -12,46 +13,44 @@ pub(super) struct Breaker {
     open: AtomicBool,
     failures: AtomicU32,
     opened: Notify,
-    /// 1 while requests go to the store; another store's, once this one is retired.
+    /// 1 while requests go to the store that is in use.
     up: prometheus::IntGauge,
-    retired: AtomicBool,
+    /// That is this one. Held while something is said, so that the last word is that of the one in use.
+    in_use: Mutex<bool>,
     times_opened: prometheus::IntCounter,
 }
 
 impl Breaker {
-    /// Open, until somebody has heard an answer.
+    /// Open, until somebody has heard an answer. Nothing is said of it before it is in use.
     pub(super) fn new(up: prometheus::IntGauge, times_opened: prometheus::IntCounter) -> Self {
         Self {
             open: AtomicBool::new(true),
             failures: AtomicU32::new(0),
             opened: Notify::new(),
             up,
-            retired: AtomicBool::new(false),
+            in_use: Mutex::new(false),
             times_opened,
         }
     }
 
     /// Nothing is said of it any more.
     pub(super) fn retire(&self) {
-        self.retired.store(true, Ordering::Relaxed);
+        let mut in_use = self.in_use.lock();
+        *in_use = false;
         self.up.set(0);
     }
 
-    fn set(&self, up: bool) {
-        if !self.retired.load(Ordering::Relaxed) {
-            self.up.set(i64::from(up));
-        }
+    /// How it stands is said from now on, after another was retired.
+    pub(super) fn begin(&self) {
+        *self.in_use.lock() = true;
+        self.say();
     }
 
-    /// Says how it stands, after another was retired.
-    pub(super) fn say(&self) {
-        loop {
-            let open = self.is_open();
-            self.set(!open);
-            // It may have changed, and said so, between the two.
-            if self.is_open() == open {
-                return;
-            }
+    /// Says how it stands now, which may be later than what has changed: who says it last says what is.
+    fn say(&self) {
+        let in_use = self.in_use.lock();
+        if *in_use {
+            self.up.set(i64::from(!self.is_open()));
         }
     }
 
@@ -76,7 +75,7 @@ impl Breaker {
     /// The connection is gone, or as good as gone.
     pub(super) fn open(&self) {
         if !self.open.swap(true, Ordering::Relaxed) {
-            self.set(false);
+            self.say();
             self.times_opened.inc();
         }
         self.opened.notify_one();
@@ -86,7 +85,7 @@ impl Breaker {
     pub(super) fn close(&self) {
         self.failures.store(0, Ordering::Relaxed);
         self.open.store(false, Ordering::Relaxed);
-        self.set(true);
+        self.say();
     }
 
     /// Waits until it opens.
@@ -102,14 +101,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_one_that_is_retired_nothing_is_said() {
+    fn nothing_is_said_of_one_that_is_not_in_use() {
         let up = prometheus::IntGauge::new("up", "up").unwrap();
         let breaker = || Breaker::new(up.clone(), prometheus::IntCounter::new("n", "n").unwrap());
-        let (old, new) = (breaker(), breaker());
+        let (old, thrown_away, new) = (breaker(), breaker(), breaker());
         old.close();
+        assert_eq!(up.get(), 0, "it is not in use yet");
+        old.begin();
+        assert_eq!(up.get(), 1);
+        // A reload has begun with another, and was refused.
+        thrown_away.close();
+        thrown_away.open();
+        drop(thrown_away);
         assert_eq!(up.get(), 1);
         old.retire();
-        new.say();
+        assert_eq!(up.get(), 0);
+        new.begin();
         assert_eq!(up.get(), 0, "it has not been heard yet");
         new.close();
         old.open();
@@ -124,6 +131,7 @@ mod tests {
         let up = prometheus::IntGauge::new("up", "up").unwrap();
         let breaker = Breaker::new(up.clone(), prometheus::IntCounter::new("n", "n").unwrap());
         assert!(breaker.is_open(), "nothing has been heard yet");
+        breaker.begin();
         breaker.close();
         for _ in 0..10 {
             breaker.failed();

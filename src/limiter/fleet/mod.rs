@@ -117,8 +117,8 @@ pub struct Fleet {
     shared: Arc<Shared>,
     runtime: tokio::runtime::Handle,
     giving_back: Arc<Semaphore>,
-    /// Its thread ends after this is dropped.
-    _end: tokio::sync::oneshot::Sender<()>,
+    /// Its thread ends after this is dropped: by this, and by whoever gives a token back yet.
+    end: Arc<tokio::sync::oneshot::Sender<()>>,
 }
 
 struct Shared {
@@ -152,6 +152,26 @@ fn window(gcra: &Gcra) -> Micros {
     Micros(nanos(gcra.window()))
 }
 
+/// A runtime on a thread of its own, which ends with what `main` makes; the answer is how others have it do something. It is made
+/// there, too: were there no thread to be had, it would be dropped here, where another may run, and that is a panic.
+///
+/// # Errors
+/// There is no thread or runtime to be had.
+pub(crate) fn runtime<F: Future<Output = ()> + 'static>(
+    thread: std::thread::Builder,
+    main: impl FnOnce() -> F + Send + 'static,
+) -> std::io::Result<tokio::runtime::Handle> {
+    let (tell, told) = std::sync::mpsc::channel();
+    thread.spawn(move || match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => {
+            let _ = tell.send(Ok(runtime.handle().clone()));
+            runtime.block_on(main());
+        }
+        Err(e) => drop(tell.send(Err(e))),
+    })?;
+    told.recv().map_err(std::io::Error::other)?
+}
+
 // === impl Fleet ===
 
 impl Fleet {
@@ -160,8 +180,6 @@ impl Fleet {
     /// # Errors
     /// There is no thread or runtime to be had.
     pub fn start(settings: Settings, metrics: Metrics) -> std::io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let handle = runtime.handle().clone();
         let (leases, wants) = match settings.mode {
             Mode::Strict | Mode::TokensOnly => (None, None),
             Mode::Leased { share, idle } => {
@@ -188,24 +206,23 @@ impl Fleet {
             clock: Clock::start(),
         });
         let own = shared.clone();
-        let (end, ended) = tokio::sync::oneshot::channel();
-        std::thread::Builder::new().name("limits-store".into()).spawn(move || {
-            runtime.block_on(async {
-                if let Some(wants) = wants {
-                    tokio::spawn(leases::negotiate(own.clone(), wants));
-                    tokio::spawn(leases::give_back(own.clone()));
-                }
-                tokio::select! {
-                    () = own.remote.keep(&own) => {}
-                    // Nobody asks any more. What is leased and not used goes back first.
-                    () = async {
-                        let _ = ended.await;
-                        tokio::time::sleep(LAST).await;
-                    } => {}
-                }
-            });
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let thread = std::thread::Builder::new().name("limits-store".into());
+        let runtime = runtime(thread, move || async move {
+            if let Some(wants) = wants {
+                tokio::spawn(leases::negotiate(own.clone(), wants));
+                tokio::spawn(leases::give_back(own.clone()));
+            }
+            tokio::select! {
+                () = own.remote.keep(&own) => {}
+                // Nobody asks any more. What is leased and not used goes back first.
+                () = async {
+                    let _ = ended.await;
+                    tokio::time::sleep(LAST).await;
+                } => {}
+            }
         })?;
-        Ok(Self { shared, runtime: handle, giving_back: Arc::new(Semaphore::new(GIVING_BACK)), _end: end })
+        Ok(Self { shared, runtime, giving_back: Arc::new(Semaphore::new(GIVING_BACK)), end: Arc::new(end) })
     }
 
     pub(super) fn is_partitioned_by_provider(&self) -> bool {
@@ -253,9 +270,9 @@ impl Fleet {
         self.shared.remote.breaker.retire();
     }
 
-    /// Limits ask it from now on: whether it is up is said, after another was retired.
+    /// Limits ask it from now on: whether it is up is said, after another was retired; of one that was only started it is not.
     pub fn begin(&self) {
-        self.shared.remote.breaker.say();
+        self.shared.remote.breaker.begin();
     }
 
     /// Whether the store answers, as far as is known.
@@ -283,11 +300,15 @@ impl Fleet {
     }
 
     /// Gives back what was spent as `claim`; nobody waits for it. `answered`: the store has said that it was. Where it has not,
-    /// it may do so later than it hears of this, and is told again. What it does not hear of for minutes stays spent.
+    /// it may do so later than it hears of this, and is told again. What it does not hear of for minutes stays spent. It is told
+    /// also when this is dropped meanwhile.
     pub fn unspend(&self, nonce: &[u8; 32], claim: u64, answered: bool) {
         let (call, shared) = (self.shared.token(nonce, claim), self.shared.clone());
         let permit = self.giving_back.clone().try_acquire_owned();
+        let end = self.end.clone();
         self.runtime.spawn(async move {
+            // The thread goes on for as long.
+            let _end = end;
             // Where many wait already, there is one attempt.
             let attempts = if permit.is_ok() { PAUSES_MS.len() } else { 1 };
             for pause in PAUSES_MS.iter().take(attempts) {
@@ -412,4 +433,56 @@ impl Shared {
 /// A check whose refusal nothing makes up for.
 fn is_final(check: &Check) -> bool {
     check.enforce && check.top_up.is_none()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A store that nobody is.
+    fn nobody() -> Fleet {
+        let settings = Settings {
+            nodes: vec![("127.0.0.1".into(), 1)],
+            cluster: false,
+            tls: None,
+            username: None,
+            password: None,
+            prefix: "nobody".into(),
+            partition_by_provider: false,
+            timeout: Duration::from_millis(50),
+            connections: 1,
+            mode: Mode::TokensOnly,
+            keys: 16,
+        };
+        Fleet::start(settings, crate::telemetry::Metrics::new(&[]).unwrap().store().unwrap()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_is_not_to_be_had_is_an_error_also_inside_a_runtime() {
+        // More than there is room for in an address space.
+        let thread = || std::thread::Builder::new().name("of-a-test".into());
+        assert!(runtime(thread().stack_size(1 << 60), || async {}).is_err());
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let main = move || async move {
+            let _ = ended.await;
+        };
+        let there = runtime(thread(), main).unwrap();
+        let name = there.spawn(async { std::thread::current().name().map(str::to_owned) }).await.unwrap();
+        assert_eq!(name.as_deref(), Some("of-a-test"));
+        drop(end);
+    }
+
+    #[test]
+    fn a_token_is_given_back_also_when_the_store_is_left() {
+        let fleet = nobody();
+        let end = Arc::downgrade(&fleet.end);
+        fleet.unspend(&[1; 32], 7, true);
+        drop(fleet);
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(end.upgrade().is_some(), "its thread goes on");
+        let fleet = nobody();
+        let end = Arc::downgrade(&fleet.end);
+        drop(fleet);
+        assert!(end.upgrade().is_none(), "where nothing is left to do it ends");
+    }
 }

@@ -6,6 +6,9 @@
 //!
 //! One thread writes, in the order in which it is told, so that no request waits for a disk that others keep busy; another
 //! sees to it that what is written comes to the disk. They end once nobody has the files any more and all is written.
+//!
+//! Files that others are copied to are marked until they have it all: whoever began with them would take what was spent before. A copy
+//! goes to files of its own, so that what has come of one that failed is known, and left out.
 
 use super::memory::{Print, Prints};
 use parking_lot::Mutex;
@@ -14,7 +17,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind, Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -61,19 +64,32 @@ struct Hold {
     mark: String,
 }
 
-/// Records, and who is told of them. Without any: only that all before it is done.
+/// What is to be done, and who is told once it is.
 struct Order {
-    records: SmallVec<[u8; RECORD]>,
-    epoch: u64,
-    oldest: u64,
+    what: What,
     told: Told,
+}
+
+enum What {
+    /// Records of an epoch are written, and files of epochs before `oldest` removed.
+    Records { records: SmallVec<[u8; RECORD]>, epoch: u64, oldest: u64 },
+    /// A copy begins.
+    Copy,
+    /// It is all there.
+    Copied,
+    /// Only all before it.
+    Nothing,
 }
 
 /// The files of the epochs that are accepted.
 #[derive(Debug)]
 pub(super) struct Journal {
     dir: PathBuf,
+    /// It is there while a copy is not all there.
+    unfinished: PathBuf,
+    files: Files,
     orders: mpsc::Sender<Order>,
+    copies: AtomicU64,
 }
 
 /// What the thread has that writes.
@@ -81,9 +97,12 @@ struct Writer {
     dir: PathBuf,
     /// Names of files tell whether their hashes are under our secret, and of epochs of our length: others' are left alone.
     mark: String,
+    unfinished: PathBuf,
     files: Files,
     /// The next file's number.
     next: u64,
+    /// The number of the first file of a copy that is not all there.
+    copied: Option<u64>,
     keep_for: Duration,
     failed: Option<Instant>,
     _hold: Hold,
@@ -95,23 +114,46 @@ type Files = Arc<Mutex<BTreeMap<u64, Vec<Arc<Log>>>>>;
 #[derive(Debug)]
 struct Log {
     path: PathBuf,
+    number: u64,
     /// None: it is from before a restart, and is not written to.
     file: Option<File>,
     dirty: AtomicBool,
-    /// It may end with half a record: what follows goes elsewhere.
-    torn: AtomicBool,
+    /// What follows goes elsewhere: it may end with half a record, or a copy has begun after it.
+    closed: AtomicBool,
     opened: Instant,
 }
 
 impl Log {
-    fn new(path: PathBuf, file: Option<File>) -> Self {
+    fn new(path: PathBuf, number: u64, file: Option<File>) -> Self {
         let dirty = AtomicBool::new(file.is_some());
-        Self { path, file, dirty, torn: AtomicBool::new(false), opened: Instant::now() }
+        Self { path, number, file, dirty, closed: AtomicBool::new(false), opened: Instant::now() }
     }
 }
 
 fn at(path: &Path) -> impl FnOnce(Error) -> Error {
     move |e| Error::new(e.kind(), format!("{}: {e}", path.display()))
+}
+
+fn sync_dir(dir: &Path) -> Result<(), Error> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
+}
+
+/// Removes a file, which may be gone already.
+fn remove(path: &Path) -> Result<(), Error> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(at(path)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// The number of the first file of a copy that is not all there, if there is one.
+fn first_of_unfinished(path: &Path) -> Result<Option<u64>, Error> {
+    match std::fs::read_to_string(path) {
+        // It was written, and on the disk, before the first of them: where it is not whole, there is none.
+        Ok(first) => Ok(Some(first.strip_suffix('\n').and_then(|first| first.parse().ok()).unwrap_or(u64::MAX))),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(at(path)(e)),
+    }
 }
 
 fn record(print: Print, spent: bool) -> [u8; RECORD] {
@@ -175,26 +217,69 @@ impl Journal {
     /// `oldest` go by and by, and when they were there for `keep_for`: the clock may be wrong.
     ///
     /// # Errors
-    /// What cannot be read or written, by name; or another gateway uses the directory.
+    /// What cannot be read or written, by name; or another gateway uses the directory; or a copy to it was not finished.
     pub(super) fn open(
         dir: &Path,
         mark: [u8; 16],
         oldest: u64,
         keep_for: Duration,
     ) -> Result<(Self, Vec<(u64, Prints)>), Error> {
+        Self::open_if(dir, mark, oldest, keep_for, false)
+    }
+
+    /// As [`Journal::open`], for all that is known to be copied to them: what an earlier copy has left is removed that was not
+    /// finished.
+    ///
+    /// # Errors
+    /// What cannot be read or written, by name; or another gateway uses the directory.
+    pub(super) fn open_to_copy(
+        dir: &Path,
+        mark: [u8; 16],
+        oldest: u64,
+        keep_for: Duration,
+    ) -> Result<(Self, Vec<(u64, Prints)>), Error> {
+        Self::open_if(dir, mark, oldest, keep_for, true)
+    }
+
+    fn open_if(
+        dir: &Path,
+        mark: [u8; 16],
+        oldest: u64,
+        keep_for: Duration,
+        to_copy: bool,
+    ) -> Result<(Self, Vec<(u64, Prints)>), Error> {
         std::fs::create_dir_all(dir).map_err(at(dir))?;
         let dir = dir.canonicalize().map_err(at(dir))?;
         let mark = format!("spent-{}-", hex::encode(mark.get(..8).unwrap_or_default()));
         let hold = Hold::take(&dir, &mark)?;
+        let unfinished = dir.join(format!("{mark}unfinished"));
+        let copied = first_of_unfinished(&unfinished)?;
+        if copied.is_some() && !to_copy {
+            return Err(Error::new(
+                ErrorKind::InvalidData,
+                format!(
+                    "{}: spent tokens were being copied here, and those that were spent before are not all there: start with the \
+                     place that they were in before, or remove this directory, and tokens of before may be spent again",
+                    unfinished.display()
+                ),
+            ));
+        }
         let mut found = vec![];
         for entry in std::fs::read_dir(&dir).map_err(at(&dir))? {
             let path = entry?.path();
             let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix(&mark));
             let numbers = name.and_then(|name| name.split_once('-'));
-            let Some((epoch, number)) = numbers.and_then(|(e, n)| Some((e.parse().ok()?, n.parse().ok()?))) else {
+            let numbers = numbers.and_then(|(e, n)| Some((e.parse::<u64>().ok()?, n.parse::<u64>().ok()?)));
+            let Some((epoch, number)) = numbers else { continue };
+            // It may hold tokens that were in hand then, and were given back since.
+            if copied.is_some_and(|first| number >= first) {
+                remove(&path)?;
                 continue;
-            };
+            }
             found.push((number, epoch, path));
+        }
+        if copied.is_some() {
+            sync_dir(&dir)?;
         }
         // In the order in which they were written.
         found.sort_unstable();
@@ -203,22 +288,31 @@ impl Journal {
         let oldest =
             found.iter().map(|(_, epoch, _)| epoch.saturating_sub(1)).max().map_or(oldest, |of| of.min(oldest));
         let (mut spent, mut files) = (BTreeMap::<u64, Prints>::new(), BTreeMap::<u64, Vec<_>>::new());
-        for (_, epoch, path) in found {
+        for (number, epoch, path) in found {
             if epoch < oldest {
                 std::fs::remove_file(&path).map_err(at(&path))?;
                 continue;
             }
             read(&path, spent.entry(epoch).or_default()).map_err(at(&path))?;
-            files.entry(epoch).or_default().push(Arc::new(Log::new(path, None)));
+            files.entry(epoch).or_default().push(Arc::new(Log::new(path, number, None)));
         }
         let files = Arc::new(Mutex::new(files));
-        let files_of_writer = files.clone();
-        let own = dir.clone();
-        let writer = Writer { dir: own, mark, files: files_of_writer, next, keep_for, failed: None, _hold: hold };
+        let writer = Writer {
+            dir: dir.clone(),
+            mark,
+            unfinished: unfinished.clone(),
+            files: files.clone(),
+            next,
+            copied: None,
+            keep_for,
+            failed: None,
+            _hold: hold,
+        };
         let (orders, told) = mpsc::channel();
         keep(&files)?;
         std::thread::Builder::new().name("spent-tokens".into()).spawn(move || writer.work(&told))?;
-        Ok((Self { dir, orders }, spent.into_iter().collect()))
+        let journal = Self { dir, unfinished, files, orders, copies: AtomicU64::new(0) };
+        Ok((journal, spent.into_iter().collect()))
     }
 
     /// Whether its files are in this directory.
@@ -236,7 +330,8 @@ impl Journal {
         spent: bool,
         told: impl FnOnce(Result<(), Error>) + Send + 'static,
     ) {
-        self.order(Order { records: record(print, spent).into(), epoch, oldest, told: Box::new(told) });
+        let what = What::Records { records: record(print, spent).into(), epoch, oldest };
+        self.order(Order { what, told: Box::new(told) });
     }
 
     /// Has it written that many tokens of an epoch are spent, or given back, and waits until it is.
@@ -245,26 +340,69 @@ impl Journal {
     /// What cannot be written; or the disk does not answer.
     pub(super) fn write_all(&self, prints: &[Print], epoch: u64, oldest: u64, spent: bool) -> Result<(), Error> {
         for some in prints.chunks(AT_ONCE) {
-            let (tell, told) = mpsc::channel();
             let records = some.iter().flat_map(|print| record(*print, spent)).collect();
-            self.order(Order { records, epoch, oldest, told: Box::new(move |written| drop(tell.send(written))) });
-            told.recv_timeout(MANY).map_err(|_| {
-                Error::new(ErrorKind::TimedOut, format!("{}: the disk does not answer", self.dir.display()))
-            })??;
+            self.done(What::Records { records, epoch, oldest })?;
         }
         Ok(())
     }
 
-    /// Waits until all before this is written, for so long at most.
-    pub(super) fn settle(&self, at_most: Duration) {
+    /// All that is known is about to be written: until [`Journal::copied`] nobody is to begin with these files.
+    ///
+    /// # Errors
+    /// What cannot be written; or the disk does not answer.
+    pub(super) fn begin_copy(&self) -> Result<(), Error> {
+        self.done(What::Copy)
+    }
+
+    /// It is all written. Waits for no disk.
+    ///
+    /// # Errors
+    /// The files cannot be told from those of a copy that is not finished.
+    pub(super) fn copied(&self) -> Result<(), Error> {
+        std::fs::remove_file(&self.unfinished).map_err(at(&self.unfinished))?;
+        self.copies.fetch_add(1, Ordering::Relaxed);
+        self.order(Order { what: What::Copied, told: Box::new(|_| {}) });
+        Ok(())
+    }
+
+    /// How many copies have been made to these files: what was given back before the last has been written as spent again.
+    pub(super) fn copies(&self) -> u64 {
+        self.copies.load(Ordering::Relaxed)
+    }
+
+    /// Waits until all that is written is on the disk, and that there are such files and directories.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub(super) fn sync(&self) -> Result<(), Error> {
+        let logs: Vec<_> = self.files.lock().values().flatten().cloned().collect();
+        for log in logs {
+            log.file.as_ref().map_or(Ok(()), File::sync_data).map_err(at(&log.path))?;
+        }
+        sync_dir(&self.dir)?;
+        for parent in self.dir.ancestors().skip(1).take(2) {
+            match sync_dir(parent) {
+                // Who may not read it has not made anything there now.
+                Err(e) if e.kind() != ErrorKind::PermissionDenied => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until all before this is written, for so long at most. Whether it is.
+    pub(super) fn settle(&self, at_most: Duration) -> bool {
         let (tell, told) = mpsc::channel();
-        self.order(Order {
-            records: SmallVec::new(),
-            epoch: 0,
-            oldest: 0,
-            told: Box::new(move |_| tell.send(()).unwrap_or_default()),
-        });
-        let _ = told.recv_timeout(at_most);
+        self.order(Order { what: What::Nothing, told: Box::new(move |_| tell.send(()).unwrap_or_default()) });
+        told.recv_timeout(at_most).is_ok()
+    }
+
+    /// Waits until something is done.
+    fn done(&self, what: What) -> Result<(), Error> {
+        let (tell, told) = mpsc::channel();
+        self.order(Order { what, told: Box::new(move |done| drop(tell.send(done))) });
+        told.recv_timeout(MANY)
+            .map_err(|_| Error::new(ErrorKind::TimedOut, format!("{}: the disk does not answer", self.dir.display())))?
     }
 
     fn order(&self, order: Order) {
@@ -278,17 +416,46 @@ impl Journal {
 
 impl Writer {
     fn work(mut self, orders: &mpsc::Receiver<Order>) {
-        for order in orders {
-            let written = match self.failed {
-                _ if order.records.is_empty() => Ok(()),
-                Some(at) if at.elapsed() < PAUSE => Err(Error::other("the disk took nothing a moment ago")),
-                _ => self.write(&order.records, order.epoch, order.oldest),
+        for Order { what, told } in orders {
+            let done = match what {
+                What::Nothing => Ok(()),
+                What::Copy => self.begin_copy(),
+                What::Copied => {
+                    self.copied = None;
+                    Ok(())
+                }
+                What::Records { .. } if self.failed.is_some_and(|at| at.elapsed() < PAUSE) => {
+                    Err(Error::other("the disk took nothing a moment ago"))
+                }
+                What::Records { records, epoch, oldest } => {
+                    self.write(&records, epoch, oldest).inspect_err(|_| self.failed = Some(Instant::now()))
+                }
             };
-            if written.is_err() && self.failed.is_none_or(|at| at.elapsed() >= PAUSE) {
-                self.failed = Some(Instant::now());
-            }
-            (order.told)(written);
+            told(done);
         }
+    }
+
+    /// Marks the files as not all there, and has what is written from now on go to others than before.
+    fn begin_copy(&mut self) -> Result<(), Error> {
+        if let Some(first) = self.copied {
+            // What a copy has left that failed: of tokens that were in hand then, and may have been given back since.
+            let logs: Vec<_> = self.files.lock().values().flatten().cloned().collect();
+            for log in logs.iter().filter(|log| log.number >= first) {
+                remove(&log.path)?;
+            }
+            self.files.lock().values_mut().for_each(|logs| logs.retain(|log| log.number < first));
+            sync_dir(&self.dir)?;
+        }
+        let mark = || {
+            let mut file = File::create(&self.unfinished)?;
+            file.write_all(format!("{}\n", self.next).as_bytes())?;
+            file.sync_all()
+        };
+        mark().map_err(at(&self.unfinished))?;
+        sync_dir(&self.dir)?;
+        self.copied = Some(self.next);
+        self.files.lock().values().flatten().for_each(|log| log.closed.store(true, Ordering::Relaxed));
+        Ok(())
     }
 
     fn write(&mut self, records: &[u8], epoch: u64, oldest: u64) -> Result<(), Error> {
@@ -297,7 +464,7 @@ impl Writer {
         let len = file.metadata().map_err(at(&log.path))?.len();
         file.write_all(records).map_err(|e| {
             // What follows half a record could not be read.
-            log.torn.store(file.set_len(len).is_err(), Ordering::Relaxed);
+            log.closed.store(file.set_len(len).is_err(), Ordering::Relaxed);
             at(&log.path)(e)
         })?;
         log.dirty.store(true, Ordering::Release);
@@ -314,7 +481,7 @@ impl Writer {
                 over.extend(first.remove());
             }
             let last = files.get(&epoch).and_then(|logs| logs.last());
-            last.filter(|log| log.file.is_some() && !log.torn.load(Ordering::Relaxed)).cloned()
+            last.filter(|log| log.file.is_some() && !log.closed.load(Ordering::Relaxed)).cloned()
         };
         for log in over {
             // It may be gone already; what is left is removed at the next start.
@@ -334,9 +501,9 @@ impl Writer {
             return Err(at(&path)(e));
         }
         // That there is such a file must outlive the machine's power, too.
-        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(at(&self.dir))?;
+        sync_dir(&self.dir)?;
+        let log = Arc::new(Log::new(path, self.next, Some(file)));
         self.next += 1;
-        let log = Arc::new(Log::new(path, Some(file)));
         self.files.lock().entry(epoch).or_default().push(log.clone());
         Ok(log)
     }
