@@ -17,7 +17,7 @@ use crate::tls::{self, Watch};
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -73,14 +73,26 @@ impl Fixed {
     }
 }
 
+/// What the limits are kept in from a reload on.
+struct Kept {
+    /// Another table.
+    memory: Option<Memory>,
+    fleet: Option<Arc<Fleet>>,
+    secret: [u8; 16],
+}
+
+/// Origins that another came after, or none, and when: their configuration may come back, and each knows which of its tokens are
+/// spent, and which are in hand.
+#[derive(Default)]
+struct Left(Vec<(Arc<Origin>, Instant)>);
+
 /// Reloads, one at a time, in a thread of their own.
 struct Reloader {
     file: PathBuf,
     shared: Arc<Shared>,
     fixed: Fixed,
     stores: Stores,
-    /// Those that requests may still be in: the one in use, and those that it came after.
-    origins: Vec<Weak<Origin>>,
+    left: Left,
     watch: Watch,
     /// Files that have changed and could not be taken: tried again at every look, for what was wrong may be in another file.
     pending: HashSet<PathBuf>,
@@ -95,8 +107,9 @@ pub(super) fn start(file: PathBuf, shared: Arc<Shared>, fixed: Fixed, stores: St
     };
     let (asker, mut asked) = mpsc::channel::<oneshot::Sender<Outcome>>(4);
     let watch = Watch::new(files(&shared.live.load()));
-    let origins = shared.live.load().privacy_pass.iter().map(Arc::downgrade).collect();
-    let mut reloader = Reloader { file, shared, fixed, stores, origins, watch, pending: HashSet::new() };
+    shared.live.load().privacy_pass.iter().for_each(|origin| origin.begin());
+    let left = Left::default();
+    let mut reloader = Reloader { file, shared, fixed, stores, left, watch, pending: HashSet::new() };
     reloader.watch_anew();
     std::thread::Builder::new().name("reload".into()).spawn(move || {
         runtime.block_on(async {
@@ -131,6 +144,35 @@ fn files(live: &Live) -> Vec<PathBuf> {
     files.extend(live.watched.iter().cloned());
     files
 }
+
+// === impl Left ===
+
+impl Left {
+    /// One that can become this.
+    fn find(&self, settings: &privacypass::Settings) -> Option<&Arc<Origin>> {
+        self.0.iter().map(|(origin, _)| origin).find(|origin| origin.can_become(settings))
+    }
+
+    /// Puts one in the place of another. What is said of both is then said of the one.
+    fn exchange(&mut self, before: Option<&Arc<Origin>>, now: Option<&Arc<Origin>>) {
+        let is_other = |of: &&Arc<Origin>| now.is_none_or(|now| !Arc::ptr_eq(of, now));
+        if let Some(before) = before.filter(is_other) {
+            before.leave(now);
+            self.0.push((before.clone(), Instant::now()));
+        }
+        if let Some(now) = now {
+            self.0.retain(|(of, _)| !Arc::ptr_eq(of, now));
+            now.begin();
+        }
+    }
+
+    /// Lets go those of which no token is taken any more, unless a request is in them still.
+    fn forget(&mut self) {
+        self.0.retain(|(of, since)| since.elapsed() < of.known_for() || Arc::strong_count(of) > 1);
+    }
+}
+
+// === impl Reloader ===
 
 impl Reloader {
     async fn reload(&mut self) -> Outcome {
@@ -174,7 +216,8 @@ impl Reloader {
         let downloads = Downloads::of(config.proxy_download.as_ref(), before.downloads.as_ref());
         let downloads = downloads.map_err(|e| failed("proxy_download", &e))?;
         let stores = Stores::of(&config);
-        let (admission, fleet) = self.admission(&before, &config, &stores).map_err(|e| failed("limits", &e))?;
+        let kept = self.kept(&before, &stores).map_err(|e| failed("limits", &e))?;
+        let fleet = kept.fleet.clone();
         self.shared.nodes.resolve_ahead(&config.upstream).await;
         let access_log = AccessLog::open(&config.access_log).map_err(|e| failed("access_log", &e))?;
         let other_fleet = fleet.as_ref().map(Arc::as_ptr) != before.fleet.as_ref().map(Arc::as_ptr);
@@ -182,19 +225,21 @@ impl Reloader {
             until_it_answers(fleet).await;
         }
         // The last that can fail: what is in use is changed by it.
-        let privacy_pass =
-            self.privacy_pass(config.privacy_pass.take(), fleet.as_ref()).map_err(|e| failed("privacy_pass", &e))?;
+        let privacy_pass = self.privacy_pass(&before, config.privacy_pass.take(), fleet.as_ref());
+        let privacy_pass = privacy_pass.map_err(|e| failed("privacy_pass", &e))?;
         // From here on nothing fails.
+        self.left.exchange(before.privacy_pass.as_ref(), privacy_pass.as_ref());
         self.shared.access_log.exchange(&access_log);
         if other_fleet {
             before.fleet.iter().for_each(|fleet| fleet.retire());
             fleet.iter().for_each(|fleet| fleet.begin());
         }
-        let (upstream, threads) = (config.upstream.clone(), config.threads);
-        let live = Live::new(config, admission, privacy_pass, fleet, Arc::new(tls), egress, downloads);
-        self.shared.nodes.reload(upstream);
+        let threads = config.threads;
+        self.shared.nodes.reload(config.upstream.clone());
         self.shared.metrics.file_broken.reset();
-        self.begin(live);
+        // As late as can be: what is charged from here on is not known to another table.
+        let admission = self.admission(&before, &config, &stores, kept);
+        self.begin(Live::new(config, admission, privacy_pass, fleet, Arc::new(tls), egress, downloads));
         self.shared.threads.send_replace(threads);
         self.watch_anew();
         (self.fixed, self.stores) = (fixed, stores);
@@ -202,22 +247,9 @@ impl Reloader {
         Ok(self.shared.metrics.generation.get())
     }
 
-    /// The limits, and the store of a fleet: with another table, which takes over what the one in use knows, or another store.
-    fn admission(
-        &self,
-        before: &Live,
-        config: &Config,
-        stores: &Stores,
-    ) -> std::io::Result<(Arc<Admission>, Option<Arc<Fleet>>)> {
+    /// What the limits are kept in: as it was, another table, or another store.
+    fn kept(&self, before: &Live, stores: &Stores) -> std::io::Result<Kept> {
         let metrics = &self.shared.metrics;
-        let counters = || metrics.limits(&config.policy);
-        if *stores == self.stores {
-            let admission = match *before.admission.policy() == config.policy {
-                true => before.admission.clone(),
-                false => Arc::new(before.admission.succeed(config.policy.clone(), counters())),
-            };
-            return Ok((admission, before.fleet.clone()));
-        }
         let memory = match stores.memory == self.stores.memory {
             true => None,
             false => Some(Memory::new(stores.memory, metrics.limits_overflowed.clone())?),
@@ -230,30 +262,40 @@ impl Reloader {
             }
             None => (None, before.admission.secret()),
         };
-        let of_limits = fleet.clone().filter(|fleet| fleet.keeps_limits());
-        let limiter = Arc::new(before.admission.limiter().succeed(memory, of_limits));
-        Ok((Arc::new(Admission::new(config.policy.clone(), limiter, secret, counters())), fleet))
+        Ok(Kept { memory, fleet, secret })
     }
 
-    /// The Origin: as it was, with what is another in the configuration, begun with, or none any more.
+    /// The limits: another table takes over what the one in use knows.
+    fn admission(&self, before: &Live, config: &Config, stores: &Stores, kept: Kept) -> Arc<Admission> {
+        let counters = || self.shared.metrics.limits(&config.policy);
+        if *stores == self.stores {
+            return match *before.admission.policy() == config.policy {
+                true => before.admission.clone(),
+                false => Arc::new(before.admission.succeed(config.policy.clone(), counters())),
+            };
+        }
+        let of_limits = kept.fleet.filter(|fleet| fleet.keeps_limits());
+        let limiter = Arc::new(before.admission.limiter().succeed(kept.memory, of_limits));
+        Arc::new(Admission::new(config.policy.clone(), limiter, kept.secret, counters()))
+    }
+
+    /// The Origin: as it was, with what is another in the configuration, one that was left, begun with, or none any more.
     fn privacy_pass(
         &mut self,
+        before: &Live,
         settings: Option<privacypass::Settings>,
         fleet: Option<&Arc<Fleet>>,
     ) -> std::io::Result<Option<Arc<Origin>>> {
+        self.left.forget();
         let Some(settings) = settings else { return Ok(None) };
-        self.origins.retain(|origin| origin.strong_count() > 0);
-        // One that was left goes on where requests are still in it: it knows which tokens they have in hand.
-        let known = self.origins.iter().filter_map(Weak::upgrade).find(|origin| origin.can_become(&settings));
-        if let Some(origin) = known {
+        let in_use = before.privacy_pass.as_ref().filter(|origin| origin.can_become(&settings));
+        if let Some(origin) = in_use.or_else(|| self.left.find(&settings)).cloned() {
             origin.reload(settings, fleet.cloned())?;
             return Ok(Some(origin));
         }
         // Of another epoch or secret no token of before is taken, so what is known of spent ones is of no use.
         let metrics = self.shared.privacy_pass_metrics().map_err(std::io::Error::other)?;
-        let origin = Arc::new(Origin::start(settings, fleet.cloned(), metrics)?);
-        self.origins.push(Arc::downgrade(&origin));
-        Ok(Some(origin))
+        Ok(Some(Arc::new(Origin::start(settings, fleet.cloned(), metrics)?)))
     }
 
     /// Puts another in use.
@@ -287,6 +329,7 @@ impl Reloader {
 
     /// Looks at the files, and takes those that have changed.
     async fn look(&mut self) {
+        self.left.forget();
         let news: HashSet<PathBuf> = self.watch.changed().into_iter().collect();
         if news.is_empty() && self.pending.is_empty() {
             return;
@@ -393,4 +436,50 @@ impl Reloader {
 
 fn unix(time: SystemTime) -> i64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::privacypass::{BoundTo, SpentIn};
+
+    fn settings(secret: &[u8], epoch: Duration) -> privacypass::Settings {
+        privacypass::Settings {
+            origin: "o.example".into(),
+            epoch,
+            bound_to: BoundTo::Origin,
+            secret: Some(secret.into()),
+            issuers: vec![],
+            spent: SpentIn::Memory,
+            spent_tokens: 10,
+            threads: 1,
+            max_wait: Duration::from_secs(5),
+        }
+    }
+
+    #[test]
+    fn an_origin_that_was_left_comes_back_as_long_as_it_knows_what_others_do_not() {
+        let metrics = crate::telemetry::Metrics::new(&[]).unwrap().privacy_pass().unwrap();
+        let start =
+            |secret: &[u8], epoch| Arc::new(Origin::start(settings(secret, epoch), None, metrics.clone()).unwrap());
+        let (hour, moment) = (Duration::from_secs(3600), Duration::from_millis(10));
+        let (one, two, short) = (start(b"one", hour), start(b"two", hour), start(b"one", moment));
+        let mut left = Left::default();
+        left.exchange(Some(&one), Some(&one));
+        assert!(left.0.is_empty(), "it goes on");
+        left.exchange(Some(&one), Some(&short));
+        left.exchange(Some(&short), Some(&two));
+        left.exchange(Some(&two), None);
+        let back = |left: &Left, secret: &[u8], epoch| left.find(&settings(secret, epoch)).cloned();
+        assert!(back(&left, b"one", hour).is_some_and(|of| Arc::ptr_eq(&of, &one)));
+        assert!(back(&left, b"three", hour).is_none());
+        std::thread::sleep(4 * moment);
+        left.forget();
+        assert!(back(&left, b"one", moment).is_some(), "a request may be in it still");
+        drop((short, one));
+        left.forget();
+        assert!(back(&left, b"one", moment).is_none() && back(&left, b"one", hour).is_some());
+        left.exchange(None, Some(&two));
+        assert!(back(&left, b"two", hour).is_none() && left.0.len() == 1, "it is in use");
+    }
 }

@@ -294,6 +294,7 @@ fn server(
         Some((settings, secret)) => {
             let of_store = once(&store_metrics, || metrics.store())?;
             let fleet = Fleet::start(settings, of_store).map_err(|e| StartError::Io("limits.redis", e))?;
+            fleet.begin();
             (Some(Arc::new(fleet)), secret)
         }
         None => (None, crate::config::random().ok_or(StartError::Randomness)?),

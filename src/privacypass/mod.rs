@@ -27,7 +27,7 @@ pub use pool::{Busy, Pool};
 pub use spent::{Reservation, Spent, WithoutStore};
 pub use token::{TYPES, Token, credential, has_credential, is_private_token, type_of};
 
-use crate::limiter::fleet::Fleet;
+use crate::limiter::fleet::{self, Fleet};
 use crate::problem::TokenProblem;
 use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderValue};
@@ -35,7 +35,7 @@ use prometheus::{Histogram, IntCounter, IntGauge};
 use refused::Refused;
 use spent::Place;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// What an operator says of an Origin.
@@ -122,9 +122,15 @@ pub struct Origin {
     refused: Refused,
     spent: Arc<Spent>,
     metrics: Metrics,
-    /// Where directories are asked. None before the first of them.
-    directories: parking_lot::Mutex<Option<(tokio::runtime::Handle, tokio::sync::oneshot::Sender<()>)>>,
+    /// Where directories are asked. None before the first of them, and when another Origin is in use.
+    directories: parking_lot::Mutex<Option<Asking>>,
 }
+
+/// Where directories are asked, for as long as this is there.
+type Asking = (tokio::runtime::Handle, tokio::sync::oneshot::Sender<()>);
+
+/// What Origins know of spent tokens, as long as there are any: at the end of the process.
+static ALL_SPENT: parking_lot::Mutex<Vec<Weak<Spent>>> = parking_lot::Mutex::new(Vec::new());
 
 impl std::fmt::Debug for Origin {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -170,7 +176,8 @@ fn place(
 // === impl Origin ===
 
 impl Origin {
-    /// An Origin at work: its threads are started, its files read, its issuers' directories asked.
+    /// An Origin at work: its threads are started, its files read, its issuers' directories asked. What it holds is said from
+    /// [`Origin::begin`] on.
     ///
     /// # Errors
     /// What is not to be had: threads, files, randomness, or the fleet that spent tokens should be kept with.
@@ -190,7 +197,7 @@ impl Origin {
         let keys = halves(derive(&secret, b"moh-gateway spent tokens"));
         let spent = Arc::new(Spent::new(settings.spent_tokens, keys, metrics.spent.clone()));
         let (epoch, keep_for) = (settings.epoch, challenges.accepted_for());
-        spent.move_to(place(settings.spent, fleet, &secret, epoch, keep_for)?, challenges.epoch_at(unix_now()))?;
+        spent.begin_in(place(settings.spent, fleet, &secret, epoch, keep_for)?, challenges.epoch_at(unix_now()))?;
         Spent::keep_room(&spent, settings.epoch)?;
         let bad = crate::config::random().ok_or_else(|| missing("randomness"))?;
         let origin = Self {
@@ -205,33 +212,76 @@ impl Origin {
             directories: parking_lot::Mutex::default(),
         };
         let challenges = origin.challenges.load_full();
-        origin.ask_directories(&challenges, &[])?;
+        let asking = origin.begin_to_ask(&challenges)?;
+        origin.ask_directories(asking, &challenges, &[]);
+        let mut all = ALL_SPENT.lock();
+        all.retain(|spent| spent.strong_count() > 0);
+        all.push(Arc::downgrade(&origin.spent));
         Ok(origin)
     }
 
-    /// Asks the directories of all issuers but those that are asked already.
-    fn ask_directories(&self, of: &Challenges, already: &[Arc<Issuer>]) -> std::io::Result<()> {
-        let mut handle = self.directories.lock();
+    /// A thread to ask directories on, if there are any and none asks yet.
+    fn begin_to_ask(&self, of: &Challenges) -> std::io::Result<Option<Asking>> {
+        let has_directories = of.issuers().iter().any(|issuer| issuer.directory().is_some());
+        if !has_directories || self.directories.lock().is_some() {
+            return Ok(None);
+        }
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let thread = std::thread::Builder::new().name("directories".into());
+        let runtime = fleet::runtime(thread, move || async move {
+            // Until the sender is dropped.
+            let _ = ended.await;
+        })?;
+        Ok(Some((runtime, end)))
+    }
+
+    /// Asks the directories of all issuers but those that are asked already: of these at once. On a new thread none is.
+    fn ask_directories(&self, new: Option<Asking>, of: &Challenges, already: &[Arc<Issuer>]) {
+        let mut directories = self.directories.lock();
+        let is_new = new.is_some();
+        if is_new {
+            *directories = new;
+        }
+        let Some((runtime, _)) = &*directories else { return };
         for issuer in of.issuers().iter().filter(|issuer| issuer.directory().is_some()) {
-            if already.iter().any(|one| Arc::ptr_eq(one, issuer)) {
+            if !is_new && already.iter().any(|one| Arc::ptr_eq(one, issuer)) {
                 issuer.ask_now();
-                continue;
-            }
-            if handle.is_none() {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                let (end, ended) = tokio::sync::oneshot::channel::<()>();
-                *handle = Some((runtime.handle().clone(), end));
-                std::thread::Builder::new().name("directories".into()).spawn(move || {
-                    // Until the Origin is dropped, and the sender with it.
-                    let _ = runtime.block_on(ended);
-                })?;
-            }
-            if let Some((handle, _)) = &*handle {
+            } else {
                 let metrics = self.metrics.directory(issuer);
-                handle.spawn(directory::keep(Arc::downgrade(issuer), of.accepted_for(), metrics));
+                runtime.spawn(directory::keep(Arc::downgrade(issuer), of.accepted_for(), metrics));
             }
         }
-        Ok(())
+    }
+
+    /// Of directories that are asked no more nothing is said. Who asks them still says it to nobody.
+    fn forget_heard(&self, before: &Challenges, now: Option<&Challenges>) {
+        let with_directories = |of: &Challenges| {
+            of.issuers().iter().filter(|issuer| issuer.directory().is_some()).cloned().collect::<Vec<_>>()
+        };
+        let now = now.map(with_directories).unwrap_or_default();
+        for gone in with_directories(before).iter().filter(|of| now.iter().all(|issuer| issuer.name() != of.name())) {
+            // Two may have one name, for tokens of two types.
+            let _ = self.metrics.heard.remove_label_values(&[gone.name()]);
+        }
+    }
+
+    /// It is in use from now on, after another was left: what it holds is said.
+    pub fn begin(&self) {
+        self.spent.begin();
+    }
+
+    /// Another is in use from now on, or none. Requests in it end as they would, and it may be reloaded and begin again: for
+    /// [`Origin::known_for`] it knows tokens that would be taken twice by whoever does not. Its directories are asked no more.
+    pub fn leave(&self, next: Option<&Arc<Self>>) {
+        self.spent.leave();
+        *self.directories.lock() = None;
+        let next = next.map(|next| next.challenges.load_full());
+        self.forget_heard(&self.challenges.load(), next.as_deref());
+    }
+
+    /// As long as tokens may be taken that it knows for spent, when it is left: the epoch now, and two, for clocks may be ahead.
+    pub fn known_for(&self) -> Duration {
+        self.epoch.saturating_mul(3)
     }
 
     /// Whether [`Origin::reload`] can make this of it: the epoch and the secret stay. What is spent is known by them. A secret
@@ -273,9 +323,11 @@ impl Origin {
             true => None,
             false => Some(Pool::start(settings.threads, settings.max_wait)?),
         };
-        self.ask_directories(&challenges, before.issuers())?;
+        let asking = self.begin_to_ask(&challenges)?;
         self.spent.move_to(place, challenges.epoch_at(unix_now()))?;
         // From here on nothing fails.
+        self.ask_directories(asking, &challenges, before.issuers());
+        self.forget_heard(&before, Some(&challenges));
         self.spent.set_capacity(settings.spent_tokens);
         if let Some(pool) = pool {
             self.pool.store(Arc::new(pool));
@@ -286,7 +338,13 @@ impl Origin {
 
     /// Waits, for some seconds at most, until tokens that were given back are so for everyone: before the process ends.
     pub fn settle(&self) {
-        self.spent.settle();
+        Self::settle_all();
+    }
+
+    /// As [`Origin::settle`], where none may be in use: of all that there are, also of those that were left.
+    pub fn settle_all() {
+        let all: Vec<_> = ALL_SPENT.lock().iter().filter_map(Weak::upgrade).collect();
+        all.iter().for_each(|spent| spent.settle());
     }
 
     /// `WWW-Authenticate`: a fresh challenge for each issuer and type. None: no issuer has a key now.
@@ -444,6 +502,41 @@ mod tests {
         let again = start(files(b"one")).unwrap();
         assert_eq!(spend(&again), Err(TokenProblem::Spent));
         assert_eq!(spend(&two), Err(TokenProblem::Spent));
+    }
+
+    #[test]
+    fn directories_are_asked_and_spoken_of_as_long_as_their_tokens_are_taken() {
+        use prometheus::core::Collector as _;
+        let metrics = crate::telemetry::Metrics::new(&[]).unwrap().privacy_pass().unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let tls = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let tls = tls.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
+        let of = |secret: &[u8], names: &[&str]| {
+            let directory =
+                || Directory { url: "https://127.0.0.1:1/".parse().unwrap(), tls: tls.clone(), ca: None, file: None };
+            let issuers = names.iter().map(|name| Issuer::of_directory((*name).into(), KIND, directory()));
+            Settings { issuers: issuers.collect(), ..settings(Some(secret), SpentIn::Memory) }
+        };
+        let start = |settings| Arc::new(Origin::start(settings, None, metrics.clone()).unwrap());
+        let said = || {
+            // Where there is nothing to be said that is an error.
+            let text = prometheus::TextEncoder::new().encode_to_string(&metrics.heard.collect()).unwrap_or_default();
+            ["a", "b", "c"]
+                .into_iter()
+                .filter(|name| text.contains(&format!("{{issuer=\"{name}\"}}")))
+                .collect::<String>()
+        };
+        let one = start(of(b"one", &["a", "b"]));
+        assert_eq!(said(), "ab");
+        one.reload(of(b"one", &["b"]), None).unwrap();
+        assert_eq!(said(), "b");
+        let two = start(of(b"two", &["b", "c"]));
+        one.leave(Some(&two));
+        assert!(said() == "bc" && one.directories.lock().is_none());
+        two.leave(None);
+        assert_eq!(said(), "");
+        one.reload(of(b"one", &["b"]), None).unwrap();
+        assert!(said() == "b" && one.directories.lock().is_some());
     }
 
     #[tokio::test]

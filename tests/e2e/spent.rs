@@ -17,6 +17,8 @@ const SECRET: &[u8] = b"a secret that is the same on all nodes";
 
 const GENERATION: &str = "moh_gateway_config_generation";
 
+const HELD: &str = "moh_gateway_tokens_spent_held";
+
 const FILES: &str = "spent = \"files\"\nstate = \"state\"";
 
 /// A gateway that takes the tokens of an issuer, with a secret that others have too.
@@ -283,7 +285,7 @@ async fn files_outlive_every_end_of_the_process() {
             }
         }
     }
-    assert_eq!(gateway.metric("moh_gateway_tokens_spent_held").await, 20.0);
+    assert_eq!(gateway.metric(HELD).await, 20.0);
     // One that was given back is so after a restart, too.
     ds.stop().await;
     assert_eq!(ask(&gateway.stranger(), &[&after[0]]).await.status, 502);
@@ -482,8 +484,9 @@ async fn a_secret_of_this_process_and_one_of_a_fleet_are_two() {
     issuer.write(dir.path(), "key");
     let setup = Setup::of(&ds).with(REQUIRED).with(&format!("[privacy_pass]\n{own}\n")).with(&issuer.table("key"));
     let gateway = Gateway::start_in(dir, setup).await;
-    let mut before = tokens(&gateway.stranger(), &issuer, 20).await;
-    spend(&gateway, &before[..10]).await;
+    let first = tokens(&gateway.stranger(), &issuer, 20).await;
+    spend(&gateway, &first[..10]).await;
+    let mut before = first.clone();
     for (from, to) in [(own, &*shared), (&*shared, own)] {
         change(&gateway, from, to).await;
         // Spent or not: it is for challenges that nobody would send any more.
@@ -492,5 +495,65 @@ async fn a_secret_of_this_process_and_one_of_a_fleet_are_two() {
         spend(&gateway, &before).await;
         refused(&gateway, &before, "token-spent").await;
     }
-    assert_eq!(ds.complete(), 50);
+    // The first secret has come back, and with it what is known of its tokens.
+    refused(&gateway, &first[..10], "token-spent").await;
+    spend(&gateway, &first[10..]).await;
+    assert_eq!(gateway.metric(HELD).await, 40.0);
+    assert_eq!(ds.complete(), 60);
+}
+
+#[tokio::test]
+async fn a_secret_that_comes_back_finds_what_was_spent_in_places_of_before() {
+    let ds = Ds::start().await;
+    let (a, b) = (Redis::start().await, Redis::start().await);
+    let issuer = Issuer::of("issuer.example", TokenType::PrivateRistretto255);
+    let stores = [redis(a.addr(), ""), redis(b.addr(), "")];
+    let [in_a, in_b] = [&*stores[0], &*stores[1]];
+    let (moving, staying) = (gateway(&ds, &issuer, in_a).await, gateway(&ds, &issuer, in_a).await);
+    until_up(&moving).await;
+    until_up(&staying).await;
+    let all = tokens(&moving.stranger(), &issuer, 20).await;
+    let (here, elsewhere) = all.split_at(10);
+    spend(&moving, here).await;
+    spend(&staying, elsewhere).await;
+    change(&moving, in_a, in_b).await;
+    let secret = moving.dir.path().join("secret");
+    std::fs::write(&secret, b"another secret that is no less long!").unwrap();
+    reload(&moving).await;
+    refused(&moving, &all, "token-wrong-challenge").await;
+    assert_eq!(moving.metric(HELD).await, 0.0, "of the one that is in use");
+    std::fs::write(&secret, SECRET).unwrap();
+    reload(&moving).await;
+    refused(&moving, here, "token-spent").await;
+    refused(&moving, elsewhere, "token-spent").await;
+    assert_eq!((moving.metric(HELD).await, ds.complete()), (10.0, 20));
+}
+
+#[tokio::test]
+async fn files_that_have_not_all_that_is_spent_are_begun_with_by_a_reload_alone() {
+    let ds = Ds::start().await;
+    let issuer = Issuer::of("issuer.example", TokenType::PrivateRistretto255);
+    let mut gateway = gateway(&ds, &issuer, FILES).await;
+    let all = tokens(&gateway.stranger(), &issuer, 10).await;
+    spend(&gateway, &all).await;
+    let root = gateway.dir.path().to_owned();
+    let names = std::fs::read_dir(root.join("state/spent")).unwrap();
+    let names: Vec<_> = names.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+    let name = names.iter().find(|name| name.starts_with("spent-")).unwrap();
+    // As a process leaves them that ends while it copies: what it has copied so far is not all there.
+    let other = root.join("other/spent");
+    let mark = other.join(name.split('-').take(2).collect::<Vec<_>>().join("-") + "-unfinished");
+    std::fs::create_dir_all(&other).unwrap();
+    std::fs::write(&mark, "0\n").unwrap();
+    let file = root.join("gateway.toml");
+    let text = std::fs::read_to_string(&file).unwrap().replace("state = \"state\"", "state = \"other\"");
+    std::fs::write(&file, text).unwrap();
+    let mut second = gateway.restart_elsewhere();
+    assert!(!second.wait().unwrap().success());
+    assert!(mark.exists());
+    reload(&gateway).await;
+    assert!(!mark.exists());
+    gateway.restart("-KILL").await;
+    refused(&gateway, &all, "token-spent").await;
+    assert_eq!(ds.complete(), 10);
 }

@@ -655,6 +655,47 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_is_not_finished_is_refused_and_begun_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path(), 4);
+        write(&journal, 1, 5, 4, true).unwrap();
+        drop(journal);
+        let to_copy = || Journal::open_to_copy(dir.path(), [7; 16], 4, Duration::ZERO).unwrap();
+        let (journal, spent) = to_copy();
+        assert_eq!(spent, [(5, Prints::from([1]))]);
+        journal.begin_copy().unwrap();
+        journal.write_all(&[2, 3], 5, 4, true).unwrap();
+        drop(journal);
+        // As after an end of the process; or of the copy.
+        let error = Journal::open(dir.path(), [7; 16], 4, Duration::ZERO).unwrap_err().to_string();
+        assert!(error.contains("0707-unfinished: ") && error.contains("not all there"), "{error}");
+        assert!(Journal::open(dir.path(), [8; 16], 4, Duration::ZERO).is_ok(), "those of another secret are");
+        let (journal, spent) = to_copy();
+        assert_eq!(spent, [(5, Prints::from([1]))], "what was copied is left out");
+        journal.begin_copy().unwrap();
+        journal.write_all(&[2], 5, 4, true).unwrap();
+        // And while somebody has the files.
+        journal.begin_copy().unwrap();
+        journal.write_all(&[4], 5, 4, true).unwrap();
+        journal.sync().unwrap();
+        journal.copied().unwrap();
+        assert_eq!(journal.copies(), 1);
+        journal.begin_copy().unwrap();
+        journal.write_all(&[5], 5, 4, true).unwrap();
+        drop(journal);
+        let (journal, spent) = to_copy();
+        assert_eq!(spent, [(5, Prints::from([1, 4]))], "the one that was finished stays");
+        journal.begin_copy().unwrap();
+        journal.copied().unwrap();
+        assert!(journal.settle(MANY) && journal.copied().is_err(), "it is told once");
+        drop(journal);
+        assert_eq!(open(dir.path(), 4).1, [(5, vec![1, 4])]);
+        // One that was not even begun.
+        std::fs::write(dir.path().join("spent-0707070707070707-unfinished"), "0").unwrap();
+        assert_eq!(to_copy().1, [(5, Prints::from([1, 4]))]);
+    }
+
+    #[test]
     fn a_clock_that_is_ahead_loses_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let (journal, _) = open(dir.path(), 4);

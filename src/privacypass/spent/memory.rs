@@ -19,6 +19,8 @@ pub(super) struct Memory {
     epochs: BTreeMap<u64, Prints>,
     /// Those of them that will be given back.
     returning: Prints,
+    /// Those of them that files had for spent which came later: they stay so, whoever had them in hand then.
+    staying: BTreeMap<u64, Prints>,
     /// The latest epoch that was ever now: a clock that is behind, or set back, must not ask for what was let go.
     latest: u64,
     capacity: usize,
@@ -37,7 +39,8 @@ pub(super) struct Change {
 impl Memory {
     /// Remembers at most `capacity` tokens.
     pub(super) fn new(capacity: usize) -> Self {
-        Self { epochs: BTreeMap::new(), returning: Prints::new(), latest: 0, capacity, changes: None }
+        let (epochs, staying) = (BTreeMap::new(), BTreeMap::new());
+        Self { epochs, returning: Prints::new(), staying, latest: 0, capacity, changes: None }
     }
 
     /// Remembers at most so many from now on. What there is stays; room that was made already is as it was.
@@ -80,6 +83,8 @@ impl Memory {
     pub(super) fn make_room(&mut self, rooms: impl IntoIterator<Item = (u64, Prints)>) -> Vec<Prints> {
         let kept = self.epochs.split_off(&self.oldest());
         let mut over: Vec<_> = std::mem::replace(&mut self.epochs, kept).into_values().collect();
+        let kept = self.staying.split_off(&self.oldest());
+        over.extend(std::mem::replace(&mut self.staying, kept).into_values());
         for (epoch, room) in rooms {
             match self.epochs.entry(epoch) {
                 Entry::Vacant(vacant) => {
@@ -131,7 +136,7 @@ impl Memory {
     }
 
     /// Tokens that were spent before a restart, or that others have written down, whether or not there is room for so many: to
-    /// leave one out would be to take it again.
+    /// leave one out would be to take it again. One that is in hand stays spent.
     pub(super) fn load(&mut self, epoch: u64, mut prints: Prints) {
         match self.epochs.entry(epoch) {
             Entry::Vacant(vacant) => {
@@ -139,13 +144,27 @@ impl Memory {
                 let _ = prints.try_reserve(self.capacity.saturating_sub(prints.len()));
                 vacant.insert(prints);
             }
-            Entry::Occupied(mut known) => known.get_mut().extend(prints),
+            Entry::Occupied(mut known) => {
+                let both: Prints = prints.into_iter().filter(|print| !known.get_mut().insert(*print)).collect();
+                if !both.is_empty() {
+                    self.returning.retain(|print| !both.contains(print));
+                    self.staying.entry(epoch).or_default().extend(both);
+                }
+            }
         }
     }
 
-    /// Gives a token back.
+    /// Whether a token is spent, whatever becomes of a request that has it in hand.
+    pub(super) fn stays(&self, print: Print, epoch: u64) -> bool {
+        self.staying.get(&epoch).is_some_and(|prints| prints.contains(&print))
+    }
+
+    /// Gives a token back, unless it stays spent.
     pub(super) fn remove(&mut self, print: Print, epoch: u64) {
         self.returning.remove(&print);
+        if self.stays(print, epoch) {
+            return;
+        }
         if self.epochs.get_mut(&epoch).is_some_and(|prints| prints.remove(&print)) {
             self.note(print, epoch, false);
         }
@@ -235,9 +254,13 @@ mod tests {
         let change = |print, epoch, taken| Change { print, epoch, taken };
         assert_eq!(memory.changes(), [change(3, 5, true), change(3, 5, false), change(1, 4, false)]);
         assert!(memory.changes().is_empty());
-        // What is loaded joins what is known.
+        // What is loaded joins what is known, and both are not given back.
+        memory.returning(2);
         memory.load(5, [2, 7].into_iter().collect());
         memory.load(6, [8].into_iter().collect());
+        assert!(memory.stays(2, 5) && !memory.stays(7, 5) && !memory.stays(2, 6));
+        memory.remove(2, 5);
+        assert_eq!((memory.problem(2), memory.changes()), (Some(TokenProblem::Spent), vec![]));
         assert!(memory.contains(2) && memory.contains(7) && memory.contains(8) && memory.len() == 3);
         memory.insert(9, 6, 6).unwrap();
         memory.end_copy();
@@ -245,5 +268,7 @@ mod tests {
         // Of an epoch that is over nothing need be copied.
         memory.insert(10, 7, 7).unwrap();
         assert!(memory.begin_copy().iter().all(|(epoch, _)| *epoch >= 6));
+        memory.make_room([]);
+        assert!(memory.staying.is_empty());
     }
 }

@@ -4,7 +4,7 @@
 //! Where that is kept is the operator's choice: in this node's memory, bounded; in files too, which outlive the process; or
 //! in the store of a fleet, which decides for all its nodes. The choice may change while tokens are taken: the memory stays the
 //! same and knows what is in hand, other files begin with all that it knows, and a store that decided before is asked too for
-//! tokens that may have been spent there.
+//! tokens that may have been spent there. Files that have not all of it yet say so, and nobody begins with them.
 
 mod journal;
 mod memory;
@@ -21,7 +21,7 @@ use siphasher::sip128::SipHasher24;
 use smallvec::SmallVec;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 /// A fleet's nodes remember a token longer than any of their clocks takes it.
@@ -69,6 +69,8 @@ pub struct Spent {
 struct State {
     memory: Memory,
     places: Arc<Places>,
+    /// How many are held is said of this one, and of no other.
+    in_use: bool,
 }
 
 /// Where spent tokens are kept beside the memory, and were.
@@ -76,10 +78,19 @@ struct State {
 struct Places {
     journal: Option<Arc<Journal>>,
     store: Option<Store>,
-    /// Stores that decided before, and the last epoch whose tokens may have been spent in each: it is asked for those first.
-    former: Vec<(Store, u64)>,
+    /// Stores that decided before, which are asked first.
+    former: Vec<Former>,
     /// Those that came after. So who has a token in hand has all files that hold it.
     next: OnceLock<Arc<Places>>,
+}
+
+/// A store that decided before.
+#[derive(Debug, Clone)]
+struct Former {
+    store: Store,
+    /// The last epoch whose tokens may have been spent in it.
+    until: u64,
+    left: Instant,
 }
 
 /// The store of a fleet.
@@ -125,8 +136,8 @@ struct Back {
     places: Arc<Places>,
     /// Where it is not, the files that it was written to.
     written: SmallVec<[Arc<Journal>; 1]>,
-    /// Files that have it for given back.
-    free: SmallVec<[Weak<Journal>; 2]>,
+    /// Files that have it for given back, and how many copies had been made to them then.
+    free: SmallVec<[(Weak<Journal>, u64); 2]>,
 }
 
 // === impl Places ===
@@ -136,8 +147,8 @@ impl Places {
     fn succeed(&self, journal: Option<Arc<Journal>>, store: Option<Store>, until: u64) -> Self {
         let decides = |of: &Store| store.as_ref().is_some_and(|now| now.fleet.shares_tokens_with(&of.fleet));
         let mut former = self.former.clone();
-        former.extend(self.store.clone().map(|of| (of, until)));
-        former.retain(|(of, _)| !decides(of));
+        former.extend(self.store.clone().map(|store| Former { store, until, left: Instant::now() }));
+        former.retain(|of| !decides(&of.store));
         Self { journal, store, former, next: OnceLock::new() }
     }
 
@@ -148,8 +159,13 @@ impl Places {
 
     /// Stores in which a token of an epoch may be spent, in the order in which they are asked.
     fn stores(&self, epoch: u64) -> SmallVec<[Store; 2]> {
-        let former = self.former.iter().filter(|(_, until)| epoch <= *until).map(|(store, _)| store);
+        let former = self.former.iter().filter(|of| epoch <= of.until).map(|of| &of.store);
         former.chain(&self.store).cloned().collect()
+    }
+
+    /// Whether no token of an epoch is taken without the stores: then they know all, and this node need not.
+    fn decide_alone(&self, epoch: u64) -> bool {
+        self.store.is_some() && self.stores(epoch).iter().all(|of| of.without == WithoutStore::Closed)
     }
 }
 
@@ -165,14 +181,18 @@ impl State {
         before
     }
 
-    /// Has stores asked no more in which no token can be that is still taken. The answer is what is not needed any more.
-    fn forget_former(&mut self) -> Option<Arc<Places>> {
+    /// Has stores asked no more in which no token can be that is still taken: by those that came; or, where none comes, when
+    /// the clock says so and as much time has passed, for a clock may jump ahead. The answer is what is not needed any more.
+    fn forget_former(&mut self, current: u64, epoch: Duration) -> Option<Arc<Places>> {
         let oldest = self.memory.oldest();
-        if self.places.former.iter().all(|(_, until)| *until >= oldest) {
+        // The one that it was left in, and two that it may be known in.
+        let long_ago = |of: &Former| of.left.elapsed() >= epoch.saturating_mul(3);
+        let is_over = |of: &Former| of.until < oldest || (of.until.saturating_add(1) < current && long_ago(of));
+        if !self.places.former.iter().any(is_over) {
             return None;
         }
         let mut places = Places::clone(&self.places);
-        places.former.retain(|(_, until)| *until >= oldest);
+        places.former.retain(|of| !is_over(of));
         Some(self.exchange(places))
     }
 }
@@ -180,9 +200,9 @@ impl State {
 // === impl Spent ===
 
 impl Spent {
-    /// Remembers at most `capacity` tokens; `held` says how many it does. Hashes are under `keys`.
+    /// Remembers at most `capacity` tokens; `held` says how many it does, once it is in use. Hashes are under `keys`.
     pub fn new(capacity: usize, keys: (u64, u64), held: IntGauge) -> Self {
-        let state = State { memory: Memory::new(capacity), places: Arc::default() };
+        let state = State { memory: Memory::new(capacity), places: Arc::default(), in_use: false };
         Self { state: Mutex::new(state), opened: Mutex::default(), keys, held }
     }
 
@@ -190,10 +210,30 @@ impl Spent {
     /// files that are under other keys. What was written is kept for so long at least, whatever the clock says.
     ///
     /// # Errors
-    /// What cannot be read or written.
+    /// What cannot be read or written; or others were being copied to them, and are not all there.
     pub fn with_files(self, dir: &Path, mark: [u8; 16], current: u64, keep_for: Duration) -> std::io::Result<Self> {
-        self.move_to(Place::Files { dir: dir.into(), mark, keep_for }, current)?;
+        self.begin_in(Place::Files { dir: dir.into(), mark, keep_for }, current)?;
         Ok(self)
+    }
+
+    /// It is in use from now on: how many it holds is said.
+    pub(super) fn begin(&self) {
+        let mut state = self.state.lock();
+        state.in_use = true;
+        self.say(&state);
+    }
+
+    /// It is in use no more. What is in hand is spent, or given back, all the same.
+    pub(super) fn leave(&self) {
+        let mut state = self.state.lock();
+        state.in_use = false;
+        self.held.set(0);
+    }
+
+    fn say(&self, state: &State) {
+        if state.in_use {
+            self.held.set(state.memory.len() as i64);
+        }
     }
 
     /// Remembers at most so many from now on, and forgets none.
@@ -201,13 +241,25 @@ impl Spent {
         self.state.lock().memory.set_capacity(capacity);
     }
 
+    /// Keeps them here from the start on: nothing is known yet but what files have.
+    ///
+    /// # Errors
+    /// What cannot be read or written; or others were being copied to the files, and are not all there.
+    pub(super) fn begin_in(&self, place: Place, current: u64) -> std::io::Result<()> {
+        self.put(place, current, true)
+    }
+
     /// Keeps them elsewhere from now on; `current` is the epoch now. What is known stays known: other files begin with it, and
     /// it is joined by what they held. A store that has decided so far is asked as well for tokens of epochs that have begun, and
     /// of the next, which clocks may be ahead in. What is in hand is given back, or spent, wherever it is then.
     ///
     /// # Errors
-    /// What cannot be read or written: then all is as it was.
+    /// What cannot be read or written: then all is as it was, and other files say that they have not all of it.
     pub(super) fn move_to(&self, place: Place, current: u64) -> std::io::Result<()> {
+        self.put(place, current, false)
+    }
+
+    fn put(&self, place: Place, current: u64, at_start: bool) -> std::io::Result<()> {
         let mut opened = self.opened.lock();
         opened.retain(|journal| journal.strong_count() > 0);
         let mut found = vec![];
@@ -220,7 +272,11 @@ impl Spent {
                 let journal = match known {
                     Some(journal) => journal,
                     None => {
-                        let (journal, spent) = Journal::open(&dir, mark, current.saturating_sub(1), keep_for)?;
+                        let oldest = current.saturating_sub(1);
+                        let (journal, spent) = match at_start {
+                            true => Journal::open(&dir, mark, oldest, keep_for)?,
+                            false => Journal::open_to_copy(&dir, mark, oldest, keep_for)?,
+                        };
                         found = spent;
                         let journal = Arc::new(journal);
                         opened.push(Arc::downgrade(&journal));
@@ -234,48 +290,61 @@ impl Spent {
         let is_same = |of: &Arc<Journal>| before.journal.as_ref().is_some_and(|old| Arc::ptr_eq(old, of));
         let begins = store.as_ref().map(|store| store.fleet.clone());
         let begins = begins.filter(|of| before.store.as_ref().is_none_or(|old| !Arc::ptr_eq(&old.fleet, of)));
-        let mut state = match &journal {
-            Some(journal) if !is_same(journal) => self.copied_to(journal, &mut found)?,
-            _ => self.state.lock(),
+        let copied = match &journal {
+            Some(journal) if !at_start && !is_same(journal) => Some(journal.clone()),
+            _ => None,
+        };
+        let mut state = match &copied {
+            Some(journal) => self.copied_to(journal, &found)?,
+            None => self.state.lock(),
         };
         // From here on nothing fails.
         found.into_iter().for_each(|(epoch, prints)| state.memory.load(epoch, prints));
         let until = current.max(state.memory.latest()).saturating_add(1);
         let next = state.places.succeed(journal, store, until);
         let over = state.exchange(next);
-        self.held.set(state.memory.len() as i64);
+        self.say(&state);
         drop(state);
         // Not while the lock is held.
         drop(over);
+        if let Some(Err(e)) = copied.map(|journal| journal.sync()) {
+            tracing::warn!("{e}: if the machine loses its power now, spent tokens may not all be there");
+        }
         if let Some(fleet) = begins {
             fleet.warn_of_eviction();
         }
         Ok(())
     }
 
-    /// Writes all that the memory knows, and these files lack, to them; what they hold, and the memory knows, is taken out of
-    /// `found`. The answer is the state, locked, of which nothing is left to write.
-    fn copied_to(&self, journal: &Journal, found: &mut [(u64, Prints)]) -> std::io::Result<MutexGuard<'_, State>> {
+    /// Writes all that the memory knows, and these files lack, to them; `found` is what they hold. The answer is the state,
+    /// locked, of which nothing is left to write; what was copied is on the disk. Until then they are marked as not all there.
+    fn copied_to(&self, journal: &Journal, found: &[(u64, Prints)]) -> std::io::Result<MutexGuard<'_, State>> {
+        journal.begin_copy()?;
+        let is_found = |epoch: u64, print: Print| found.iter().any(|(of, held)| *of == epoch && held.contains(&print));
         let (known, oldest) = {
             let mut state = self.state.lock();
             (state.memory.begin_copy(), state.memory.oldest())
         };
         let mut written = known.into_iter().try_for_each(|(epoch, mut prints)| {
-            if let Some((_, held)) = found.iter_mut().find(|(of, _)| *of == epoch) {
-                prints.retain(|print| !held.remove(print));
-            }
+            prints.retain(|print| !is_found(epoch, *print));
             journal.write_all(&prints, epoch, oldest, true)
         });
+        let mut synced = false;
         loop {
             let mut state = self.state.lock();
-            let changes = state.memory.changes();
-            if written.is_err() || changes.is_empty() {
+            let mut changes = state.memory.changes();
+            if written.is_err() || (synced && changes.is_empty()) {
                 state.memory.end_copy();
-                return written.map(|()| state);
+                return written.and_then(|()| journal.copied()).map(|()| state);
             }
             // Tokens go on being taken meanwhile: fewer each time, for this takes less and less long.
             drop(state);
+            // What they held is spent, also where a request gives it back that has it in hand.
+            changes.retain(|change| change.taken || !is_found(change.epoch, change.print));
             written = write_changes(journal, &changes, oldest);
+            if !std::mem::replace(&mut synced, true) {
+                written = written.and_then(|()| journal.sync());
+            }
         }
     }
 
@@ -294,13 +363,13 @@ impl Spent {
     }
 
     /// Makes room for tokens of the epochs that are accepted at a time since the Unix epoch, and of the next. It takes
-    /// milliseconds, once an epoch. Stores that were asked for tokens of epochs that are over are let go.
+    /// milliseconds, once an epoch. Stores that were asked for tokens of epochs that are over are let go, also where none came since.
     pub fn make_room(&self, epoch: Duration, now: Duration) {
         let current = (now.as_nanos() / epoch.as_nanos().max(1)) as u64;
         let (lack, capacity, former) = {
             let mut state = self.state.lock();
             let (lack, capacity) = state.memory.lack_room([current.saturating_sub(1), current, current + 1]);
-            (lack, capacity, state.forget_former())
+            (lack, capacity, state.forget_former(current, epoch))
         };
         // Without, it grows as it is used.
         let rooms: SmallVec<[_; 3]> =
@@ -330,8 +399,15 @@ impl Spent {
     /// Waits, for a second each at most, until all that was given back is so where it is kept, and was.
     pub fn settle(&self) {
         let places = self.places();
-        if let Some(journal) = &places.journal {
-            journal.settle(DISK);
+        let is_in_use = |of: &Arc<Journal>| places.journal.as_ref().is_some_and(|now| Arc::ptr_eq(now, of));
+        let mut journals: Vec<_> = match self.opened.try_lock_for(DISK) {
+            Some(opened) => opened.iter().filter_map(Weak::upgrade).filter(|of| !is_in_use(of)).collect(),
+            None => vec![],
+        };
+        journals.extend(places.journal.clone());
+        // What is given back in one of them goes to the next then. Who does not answer is not asked again.
+        for _ in 0..journals.len() {
+            journals.retain(|journal| journal.settle(DISK));
         }
         for store in places.stores(0) {
             store.fleet.settle(DISK);
@@ -348,13 +424,13 @@ impl Spent {
         let (taken, places) = {
             let mut state = this.state.lock();
             let taken = state.memory.insert(print, epoch, current);
-            this.held.set(state.memory.len() as i64);
+            this.say(&state);
             (taken, state.places.clone())
         };
         let here = match taken {
             Ok(()) => true,
-            // The fleet's store knows more than this node has room for.
-            Err(TokenProblem::StoreFull) if places.store.is_some() => false,
+            // The fleet's store knows more than this node has room for, and without it no token is taken.
+            Err(TokenProblem::StoreFull) if places.decide_alone(epoch) => false,
             Err(problem) => return Err(problem),
         };
         Ok(Reservation {
@@ -373,25 +449,28 @@ impl Spent {
 
     /// Gives a token back on this node, in files first: or another request that takes it in hand could write before.
     fn give_back(this: &Arc<Self>, mut back: Back) {
-        let (journal, oldest) = {
+        let (journal, copies, oldest) = {
             let mut state = this.state.lock();
             let journal = match back.here {
+                // Files that tokens were moved to since have it for spent.
+                true if state.memory.stays(back.print, back.epoch) => return,
                 true => back.left(),
                 false => back.written.pop(),
             };
             let Some(journal) = journal else {
                 if back.here {
                     state.memory.remove(back.print, back.epoch);
-                    this.held.set(state.memory.len() as i64);
+                    this.say(&state);
                 }
                 return;
             };
             if back.here {
                 state.memory.returning(back.print);
             }
-            (journal, state.memory.oldest())
+            let copies = journal.copies();
+            (journal, copies, state.memory.oldest())
         };
-        back.free.push(Arc::downgrade(&journal));
+        back.free.push((Arc::downgrade(&journal), copies));
         let (print, epoch, spent) = (back.print, back.epoch, Arc::downgrade(this));
         journal.write(print, epoch, oldest, false, move |written| {
             if let Err(e) = written {
@@ -417,9 +496,12 @@ fn write_changes(journal: &Journal, changes: &[Change], oldest: u64) -> std::io:
 // === impl Back ===
 
 impl Back {
-    /// Files that may have it for spent yet.
+    /// Files that may have it for spent yet: also those to which it was copied after they had it for given back.
     fn left(&self) -> Option<Arc<Journal>> {
-        let is_free = |of: &Arc<Journal>| self.free.iter().any(|free| std::ptr::eq(free.as_ptr(), Arc::as_ptr(of)));
+        let is_free = |of: &Arc<Journal>| {
+            let of = (Arc::as_ptr(of), of.copies());
+            self.free.iter().any(|(free, copies)| (free.as_ptr(), *copies) == of)
+        };
         self.places.since().filter_map(|places| places.journal.as_ref()).find(|of| !is_free(of)).cloned()
     }
 }
@@ -445,6 +527,10 @@ impl Reservation {
             let now = self.spent.places();
             if Arc::ptr_eq(&places, &now) {
                 return Ok(self);
+            }
+            // What other files held this node knows by now, though it had no room for this one.
+            if !self.here && self.spent.problem(&self.nonce).is_some() {
+                return Err(TokenProblem::Spent);
             }
             places = now;
         }
@@ -476,6 +562,10 @@ impl Reservation {
         if self.claims.iter().any(|claim| Arc::ptr_eq(&claim.fleet, &store.fleet)) {
             return Ok(());
         }
+        // This node would have to remember it, for the time in which the store does not answer, and has no room.
+        if !self.here && store.without == WithoutStore::Local {
+            return Err(TokenProblem::StoreFull);
+        }
         // The same for all: two of them may be one that has two names.
         let Some(name) = self.name.or_else(|| crate::config::random().map(u64::from_be_bytes)) else {
             return Err(TokenProblem::StoreUnavailable);
@@ -498,10 +588,9 @@ impl Reservation {
                 if !asked {
                     self.claims.pop();
                 }
-                match (store.without, self.here) {
-                    (WithoutStore::Local, true) => Ok(()),
-                    (WithoutStore::Local, false) => Err(TokenProblem::StoreFull),
-                    (WithoutStore::Closed, _) => Err(TokenProblem::StoreUnavailable),
+                match store.without {
+                    WithoutStore::Local => Ok(()),
+                    WithoutStore::Closed => Err(TokenProblem::StoreUnavailable),
                 }
             }
         }
@@ -530,12 +619,17 @@ impl Drop for Reservation {
             self.counter.iter().for_each(IntCounter::inc);
             return;
         }
+        let print = self.spent.print(&self.nonce);
+        // Files that tokens were moved to meanwhile have it for spent: so it is wherever it was asked for.
+        if self.here && self.spent.state.lock().memory.stays(print, self.epoch) {
+            return;
+        }
         // The one that was asked first decides, and hears of it last.
         for claim in self.claims.iter().rev() {
             self.name.iter().for_each(|name| claim.fleet.unspend(&self.nonce, *name, claim.made));
         }
         let back = Back {
-            print: self.spent.print(&self.nonce),
+            print,
             epoch: self.epoch,
             here: self.here,
             places: self.places.clone(),
@@ -552,7 +646,9 @@ mod tests {
     use crate::limiter::fleet::{Mode, Settings};
 
     fn spent(capacity: usize) -> Spent {
-        Spent::new(capacity, (1, 2), IntGauge::new("spent", "spent").unwrap())
+        let spent = Spent::new(capacity, (1, 2), IntGauge::new("spent", "spent").unwrap());
+        spent.begin();
+        spent
     }
 
     #[test]
@@ -714,6 +810,74 @@ mod tests {
         assert_eq!(read(&one, 1..=2), [1]);
     }
 
+    #[tokio::test]
+    async fn what_other_files_held_stays_spent_where_a_request_gives_it_back() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let before = Arc::new(spent(10).with_files(one.path(), [3; 16], 5, Duration::ZERO).unwrap());
+        for nonce in 1..=3 {
+            take(&before, nonce).await.keep();
+        }
+        drop(before);
+        let of = Arc::new(spent(10));
+        of.move_to(files(&two), 5).unwrap();
+        let (first, second) = (take(&of, 1).await, take(&of, 2).await);
+        of.move_to(files(&one), 5).unwrap();
+        drop(first);
+        of.move_to(Place::Memory, 5).unwrap();
+        drop(second);
+        assert!((1..=3).all(|nonce| of.problem(&[nonce; 32]) == Some(TokenProblem::Spent)));
+        assert_eq!(of.held.get(), 3);
+        drop(of);
+        assert_eq!(read(&one, 1..=3), [1, 2, 3]);
+    }
+
+    #[tokio::test]
+    async fn what_is_copied_after_it_was_given_back_is_given_back_again() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let of = Arc::new(spent(10));
+        of.move_to(files(&one), 5).unwrap();
+        let mut token = take(&of, 1).await;
+        of.move_to(files(&two), 5).unwrap();
+        // The first files have it for given back, and then again for spent.
+        let (print, places) = (of.print(&[1; 32]), token.places.clone());
+        let first = places.journal.clone().unwrap();
+        let free: SmallVec<[_; 2]> = [(Arc::downgrade(&first), first.copies())].into_iter().collect();
+        first.write(print, 5, 4, false, drop);
+        of.move_to(files(&one), 5).unwrap();
+        token.keep();
+        drop((token, first));
+        Spent::give_back(&of, Back { print, epoch: 5, here: true, places, written: SmallVec::new(), free });
+        until_free(&of, 1).await;
+        drop(of);
+        assert_eq!((read(&one, [1]), read(&two, [1])), (vec![], vec![]));
+    }
+
+    #[tokio::test]
+    async fn files_to_which_not_all_could_be_copied_are_not_begun_with() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let of = Arc::new(spent(10));
+        of.move_to(files(&two), 5).unwrap();
+        let mut first = take(&of, 1).await;
+        of.move_to(files(&one), 5).unwrap();
+        take(&of, 2).await.keep();
+        // The name of the file that is written next is taken.
+        let taken = two.path().join("spent-0303030303030303-5-1");
+        std::fs::create_dir(&taken).unwrap();
+        assert!(of.move_to(files(&two), 5).unwrap_err().to_string().contains("-5-1: "));
+        take(&of, 3).await.keep();
+        first.keep();
+        drop(first);
+        let begun = spent(10).with_files(two.path(), [3; 16], 5, Duration::ZERO);
+        assert!(begun.unwrap_err().to_string().contains("not all there"));
+        std::fs::remove_dir(&taken).unwrap();
+        of.move_to(files(&two), 5).unwrap();
+        take(&of, 4).await.keep();
+        assert!(!two.path().join("spent-0303030303030303-unfinished").exists());
+        of.settle();
+        drop(of);
+        assert_eq!((read(&one, 1..=5), read(&two, 1..=5)), (vec![1, 2, 3], vec![1, 2, 3, 4]));
+    }
+
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn moves_while_tokens_are_taken_lose_none() {
         fn nonce(worker: u8, n: u32) -> Nonce {
@@ -769,6 +933,27 @@ mod tests {
         for (n, nonce) in all() {
             assert_eq!(read.problem(&nonce).is_some(), n % 3 != 0, "{n} of {taken:?}");
         }
+    }
+
+    #[test]
+    fn only_the_one_in_use_says_how_many_it_holds() {
+        let held = IntGauge::new("spent", "spent").unwrap();
+        let of = || Arc::new(Spent::new(10, (1, 2), held.clone()));
+        let (one, two) = (of(), of());
+        let take = |of: &Arc<Spent>, nonce| Spent::reserve(of, [nonce; 32], 5, 5).unwrap();
+        one.begin();
+        let back = take(&one, 1);
+        take(&one, 2).keep();
+        take(&two, 1).keep();
+        assert_eq!(held.get(), 2);
+        one.leave();
+        assert_eq!(held.get(), 0);
+        two.begin();
+        drop(back);
+        assert_eq!(held.get(), 1);
+        two.leave();
+        one.begin();
+        assert_eq!(held.get(), 1);
     }
 
     #[test]
@@ -833,10 +1018,39 @@ mod tests {
         assert_eq!(spend(6, 8).await, unavailable);
         of.move_to(Place::Fleet(nobody("third"), WithoutStore::Local), 8).unwrap();
         of.move_to(Place::Fleet(nobody("fourth"), WithoutStore::Local), 10).unwrap();
-        assert_eq!(of.places().former.iter().map(|(_, until)| *until).collect::<Vec<_>>(), [9, 11]);
+        assert_eq!(of.places().former.iter().map(|of| of.until).collect::<Vec<_>>(), [9, 11]);
         assert_eq!((spend(6, 9).await, spend(7, 10).await), (unavailable, Ok(())));
         of.move_to(Place::Fleet(nobody("second"), WithoutStore::Local), 10).unwrap();
-        assert_eq!(of.places().former.iter().map(|(_, until)| *until).collect::<Vec<_>>(), [11, 11]);
+        assert_eq!(of.places().former.iter().map(|of| of.until).collect::<Vec<_>>(), [11, 11]);
         assert_eq!(Spent::reserve(&of, [7; 32], 10, 10).unwrap_err(), TokenProblem::Spent, "wherever it was");
+    }
+    #[tokio::test]
+    async fn a_store_of_before_is_let_go_by_the_clock_where_no_token_comes() {
+        let of = spent(10);
+        let store = nobody("former");
+        let gone = Arc::downgrade(&store);
+        of.move_to(Place::Fleet(store, WithoutStore::Closed), 5).unwrap();
+        of.move_to(Place::Memory, 5).unwrap();
+        let (second, milli) = (Duration::from_secs(1), Duration::from_millis(1));
+        of.make_room(second, 99 * second);
+        assert!(gone.upgrade().is_some(), "the clock has jumped");
+        std::thread::sleep(5 * milli);
+        of.make_room(milli, 7 * milli);
+        assert!(gone.upgrade().is_some(), "tokens of epoch 6 are still taken");
+        of.make_room(milli, 8 * milli);
+        assert!(gone.upgrade().is_none());
+    }
+
+    #[tokio::test]
+    async fn without_room_a_token_is_taken_only_where_the_stores_decide_alone() {
+        let of = Arc::new(spent(1));
+        of.move_to(Place::Fleet(nobody("one"), WithoutStore::Local), 5).unwrap();
+        Spent::reserve(&of, [1; 32], 5, 5).unwrap().keep();
+        let full = TokenProblem::StoreFull;
+        assert_eq!(Spent::reserve(&of, [2; 32], 5, 5).unwrap_err(), full, "it would have to be remembered");
+        of.move_to(Place::Fleet(nobody("two"), WithoutStore::Closed), 5).unwrap();
+        assert_eq!(Spent::reserve(&of, [2; 32], 5, 5).unwrap_err(), full, "the one before is asked yet");
+        Spent::reserve(&of, [3; 32], 7, 7).unwrap().keep();
+        assert!(!Spent::reserve(&of, [2; 32], 7, 7).unwrap().here);
     }
 }
