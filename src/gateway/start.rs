@@ -158,9 +158,7 @@ fn watch(
         std::thread::sleep(Duration::from_millis(10));
     }
     let failed = succeeded && upgrade::has_failed(successor);
-    if let Some(origin) = &shared.live.load().privacy_pass {
-        origin.settle();
-    }
+    Origin::settle_all();
     shared.access_log.close();
     std::process::exit(i32::from(failed));
 }

@@ -7,8 +7,8 @@
 //! One thread writes, in the order in which it is told, so that no request waits for a disk that others keep busy; another
 //! sees to it that what is written comes to the disk. They end once nobody has the files any more and all is written.
 //!
-//! Files that others are copied to are marked until they have it all: whoever began with them would take what was spent before. A copy
-//! goes to files of its own, so that what has come of one that failed is known, and left out.
+//! Files that others are copied to are marked until they have it all: whoever began with them would take what was spent before.
+//! A copy goes to files of its own, so that what has come of one that failed is known, and left out.
 
 use super::memory::{Print, Prints};
 use parking_lot::Mutex;

@@ -290,10 +290,7 @@ impl Spent {
         let is_same = |of: &Arc<Journal>| before.journal.as_ref().is_some_and(|old| Arc::ptr_eq(old, of));
         let begins = store.as_ref().map(|store| store.fleet.clone());
         let begins = begins.filter(|of| before.store.as_ref().is_none_or(|old| !Arc::ptr_eq(&old.fleet, of)));
-        let copied = match &journal {
-            Some(journal) if !at_start && !is_same(journal) => Some(journal.clone()),
-            _ => None,
-        };
+        let copied = journal.clone().filter(|of| !at_start && !is_same(of));
         let mut state = match &copied {
             Some(journal) => self.copied_to(journal, &found)?,
             None => self.state.lock(),
@@ -363,7 +360,8 @@ impl Spent {
     }
 
     /// Makes room for tokens of the epochs that are accepted at a time since the Unix epoch, and of the next. It takes
-    /// milliseconds, once an epoch. Stores that were asked for tokens of epochs that are over are let go, also where none came since.
+    /// milliseconds, once an epoch. Stores that were asked for tokens of epochs that are over are let go, also where no token has
+    /// come since.
     pub fn make_room(&self, epoch: Duration, now: Duration) {
         let current = (now.as_nanos() / epoch.as_nanos().max(1)) as u64;
         let (lack, capacity, former) = {
