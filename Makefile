@@ -5,10 +5,10 @@ CARGO ?= cargo
 NODE_MODULES := tests/interop/node_modules/.package-lock.json
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help setup setup-test setup-tls setup-peers build release demo test test-tls lint bench bench-peers flood picture fuzz clean
+.PHONY: help setup setup-test setup-tls setup-peers build release demo test test-tls lint bench bench-peers bench-growth soak flood picture fuzz clean
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup: ## What the build needs beside a Rust toolchain, gcc, make and git (cmake, by apt)
 	@command -v cmake >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -yq cmake; }
@@ -67,6 +67,14 @@ setup-peers: setup ## What bench-peers needs: NGINX and HAProxy (by apt)
 bench-peers: setup-peers ## A request beside NGINX, HAProxy and a bare Pingora, into docs/performance.md (30 min, and 8 for its build); QUICK=1 takes 2, and prints
 	$(CARGO) build --locked --profile bench --bin moh-gateway --example peers
 	ulimit -n 65536 2>/dev/null || ulimit -n $$(ulimit -Hn); target/release/examples/peers $(if $(QUICK),--quick)
+
+bench-growth: setup ## A request with more limits, keys, connections, nodes and threads, into docs/performance.md (5 min, and 8 for its build); FULL=1 takes 15, for 10,000,000 keys; CORES=N on a larger machine; QUICK=1 takes 2, and prints
+	$(CARGO) build --locked --profile bench --bin moh-gateway --example peers
+	ulimit -n 65536 2>/dev/null || ulimit -n $$(ulimit -Hn); target/release/examples/peers growth $(if $(FULL),--full) $(if $(CORES),--cores $(CORES)) $(if $(QUICK),--quick)
+
+soak: setup ## MINUTES (10) at half load, with reloads and restarts of nodes: all answered, and memory as it was; into docs/performance.md (and 8 for its build)
+	$(CARGO) build --locked --profile bench --bin moh-gateway --example peers
+	ulimit -n 65536 2>/dev/null || ulimit -n $$(ulimit -Hn); target/release/examples/peers soak --minutes $(or $(MINUTES),10)
 
 fuzz: setup ## The readers and the paths, for SECONDS (60) each, with cargo-fuzz on a nightly toolchain
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz

@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{Request, header};
+use http::{Method, Request, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -29,7 +29,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use crate::Error;
-use crate::requests::{self, Case, KIB, NAME, Way};
+use crate::requests::{self, Bodies, Case, Groups, KIB, NAME, Way};
 use crate::servers::Server;
 
 /// Connections that requests come over at once: kept ones of HTTP/1.1, and new ones.
@@ -50,16 +50,32 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What makes requests.
 pub struct Generator {
-    http1: Protocol,
-    http2: Protocol,
+    http1: Arc<ClientConfig>,
+    http2: Arc<ClientConfig>,
+    /// What is asked where nothing else is said.
+    operation: Head,
     /// By their size.
     bodies: BTreeMap<usize, Arc<[Bytes]>>,
     opened: AtomicU32,
 }
 
-struct Protocol {
-    tls: Arc<ClientConfig>,
-    head: Request<()>,
+/// A request's head, as it is over either protocol.
+pub struct Head {
+    http1: Request<()>,
+    http2: Request<()>,
+}
+
+impl Head {
+    pub fn of(method: &Method, path: &str) -> Result<Head, Error> {
+        let head = |uri: String| {
+            let head = Request::builder().method(method.clone()).uri(uri);
+            head.header(header::CONTENT_TYPE, "application/octet-stream")
+        };
+        Ok(Head {
+            http1: head(path.to_owned()).header(header::HOST, NAME).body(())?,
+            http2: head(format!("https://{NAME}{path}")).body(())?,
+        })
+    }
 }
 
 /// What a kept connection is sent requests on.
@@ -80,7 +96,7 @@ pub struct Cost {
 }
 
 /// When requests are sent.
-enum Plan {
+pub enum Plan {
     /// By each worker as soon as it has its answer, until then.
     Saturate(Instant),
     /// At a steady rate, by whoever is free.
@@ -88,8 +104,19 @@ enum Plan {
 }
 
 impl Plan {
+    /// So many in a second for so long, from now on.
+    pub fn steady(rate: f64, seconds: f64) -> Plan {
+        Plan::Steady {
+            begin: Instant::now() + Duration::from_millis(5),
+            apart: Duration::from_secs_f64(1.0 / rate),
+            total: (rate * seconds).max(1.0) as u32,
+            due: Semaphore::new(0),
+            taken: AtomicU32::new(0),
+        }
+    }
+
     /// When the next request of a worker is due, once it is; none, if there is no further.
-    async fn next(&self) -> Option<Instant> {
+    pub async fn next(&self) -> Option<Instant> {
         match self {
             Plan::Saturate(until) => Some(Instant::now()).filter(|now| now < until),
             Plan::Steady { begin, apart, total, due, taken } => {
@@ -101,7 +128,7 @@ impl Plan {
     }
 
     /// Says when requests are due. The runtime's own clock counts milliseconds, which is longer than what is measured.
-    async fn pace(&self, workers: usize) -> Result<(), Error> {
+    pub async fn pace(&self, workers: usize) -> Result<(), Error> {
         let Plan::Steady { begin, apart, total, due, .. } = self else { return Ok(()) };
         let clock = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
         let first = begin.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
@@ -124,16 +151,14 @@ impl Plan {
 
 impl Generator {
     pub fn new(ca_pem: &str) -> Result<Generator, Error> {
-        let head = |uri: String| Request::post(uri).header(header::CONTENT_TYPE, "application/octet-stream");
-        let http1 = head("/group_operation".to_owned()).header(header::HOST, NAME).body(())?;
-        let http2 = head(format!("https://{NAME}/group_operation")).body(())?;
         let mut bodies = BTreeMap::new();
         for case in Case::ALL {
             bodies.insert(case.size, requests::bodies(case.size)?);
         }
         Ok(Generator {
-            http1: Protocol { tls: tls(ca_pem, "http/1.1")?, head: http1 },
-            http2: Protocol { tls: tls(ca_pem, "h2")?, head: http2 },
+            http1: tls(ca_pem, "http/1.1")?,
+            http2: tls(ca_pem, "h2")?,
+            operation: Head::of(&Method::POST, "/group_operation")?,
             bodies,
             opened: AtomicU32::new(0),
         })
@@ -153,10 +178,22 @@ impl Generator {
 
     /// Sends as much as is answered.
     pub async fn saturate(self: &Arc<Self>, server: &Server, case: Case, seconds: f64) -> Result<Cost, Error> {
-        let kept = self.warm(server, case).await?;
+        let bodies = Bodies::Turns(self.bodies(case.size)?);
+        self.saturate_with(server, case.way, &bodies, seconds).await
+    }
+
+    /// As [`Generator::saturate`], of these bodies.
+    pub async fn saturate_with(
+        self: &Arc<Self>,
+        server: &Server,
+        way: Way,
+        bodies: &Bodies,
+        seconds: f64,
+    ) -> Result<Cost, Error> {
+        let kept = self.warm(server, way, bodies).await?;
         let (before, begin) = (server.cpu()?, Instant::now());
         let span = Duration::from_secs_f64(seconds);
-        let (kept, took) = self.drive(server, kept, Plan::Saturate(begin + span), case, span).await?;
+        let (kept, took) = self.drive(server, kept, Plan::Saturate(begin + span), bodies, span).await?;
         let elapsed = begin.elapsed().as_secs_f64();
         // The last of its connections are closed in this time, where they are.
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -174,15 +211,10 @@ impl Generator {
         rate: f64,
         seconds: f64,
     ) -> Result<[f64; 3], Error> {
-        let kept = self.warm(server, case).await?;
-        let plan = Plan::Steady {
-            begin: Instant::now() + Duration::from_millis(5),
-            apart: Duration::from_secs_f64(1.0 / rate),
-            total: (rate * seconds).max(1.0) as u32,
-            due: Semaphore::new(0),
-            taken: AtomicU32::new(0),
-        };
-        let (_, mut took) = self.drive(server, kept, plan, case, Duration::from_secs_f64(seconds)).await?;
+        let bodies = Bodies::Turns(self.bodies(case.size)?);
+        let kept = self.warm(server, case.way, &bodies).await?;
+        let (plan, span) = (Plan::steady(rate, seconds), Duration::from_secs_f64(seconds));
+        let (_, mut took) = self.drive(server, kept, plan, &bodies, span).await?;
         took.sort_unstable();
         Ok([0.5, 0.99, 0.999].map(|part| f64::from(took[((took.len() - 1) as f64 * part) as usize])))
     }
@@ -190,11 +222,12 @@ impl Generator {
     /// Connections that have been answered one request each, and are kept.
     pub async fn idle(self: &Arc<Self>, to: SocketAddr, connections: usize) -> Result<Vec<Option<Sender>>, Error> {
         let mut tasks = JoinSet::new();
-        for _ in 0..CONNECTIONS {
+        for worker in 0..CONNECTIONS {
+            let share = connections / CONNECTIONS + usize::from(worker < connections % CONNECTIONS);
             let (generator, body) = (self.clone(), self.bodies(KIB)?[0].clone());
             tasks.spawn(async move {
                 let mut idle = vec![];
-                for _ in 0..connections / CONNECTIONS {
+                for _ in 0..share {
                     let mut kept = Some(Sender::Http1(generator.open_http1(to).await?));
                     generator.exchange(to, &mut kept, body.clone()).await?;
                     idle.push(kept);
@@ -209,25 +242,63 @@ impl Generator {
         Ok(idle)
     }
 
-    /// The connections of a case, after some load.
-    async fn warm(self: &Arc<Self>, server: &Server, case: Case) -> Result<Vec<Option<Sender>>, Error> {
+    /// Sends one request of each of these groups over HTTP/2, those that there is time for: how many.
+    pub async fn fill(self: &Arc<Self>, server: &Server, groups: Groups, within: Duration) -> Result<u64, Error> {
+        let (groups, next, until) = (Arc::new(groups), Arc::<AtomicU64>::default(), Instant::now() + within);
+        let mut tasks = JoinSet::new();
+        for mut kept in self.connections(server.addr, Way::Http2).await? {
+            let (generator, groups, next, to) = (self.clone(), groups.clone(), next.clone(), server.addr);
+            tasks.spawn(async move {
+                while Instant::now() < until {
+                    let group = next.fetch_add(1, Ordering::Relaxed);
+                    if group >= groups.count {
+                        break;
+                    }
+                    generator.exchange(to, &mut kept, groups.body(group)).await?;
+                }
+                Ok::<_, Error>(())
+            });
+        }
+        while let Some(done) = tasks.join_next().await {
+            done??;
+        }
+        Ok(next.load(Ordering::Relaxed).min(groups.count))
+    }
+
+    /// What is kept for requests that come this way, once for each that is under way at a time.
+    pub async fn connections(&self, to: SocketAddr, way: Way) -> Result<Vec<Option<Sender>>, Error> {
         let mut kept = vec![];
-        match case.way {
+        match way {
             Way::New => kept.resize_with(CONNECTIONS, || None),
             Way::Http1 => {
                 for _ in 0..CONNECTIONS {
-                    kept.push(Some(Sender::Http1(self.open_http1(server.addr).await?)));
+                    kept.push(self.open(to, way).await?);
                 }
             }
             Way::Http2 => {
                 for _ in 0..HTTP2_CONNECTIONS {
-                    let one = self.open_http2(server.addr).await?;
+                    let one = self.open_http2(to).await?;
                     kept.extend((0..STREAMS).map(|_| Some(Sender::Http2(one.clone()))));
                 }
             }
         }
+        Ok(kept)
+    }
+
+    /// What one worker keeps, whose connection is its own.
+    pub async fn open(&self, to: SocketAddr, way: Way) -> Result<Option<Sender>, Error> {
+        Ok(match way {
+            Way::New => None,
+            Way::Http1 => Some(Sender::Http1(self.open_http1(to).await?)),
+            Way::Http2 => Some(Sender::Http2(self.open_http2(to).await?)),
+        })
+    }
+
+    /// The connections of a way, after some load.
+    async fn warm(self: &Arc<Self>, server: &Server, way: Way, bodies: &Bodies) -> Result<Vec<Option<Sender>>, Error> {
+        let kept = self.connections(server.addr, way).await?;
         let plan = Plan::Saturate(Instant::now() + WARM);
-        let (kept, _) = self.drive(server, kept, plan, case, WARM).await?;
+        let (kept, _) = self.drive(server, kept, plan, bodies, WARM).await?;
         Ok(kept)
     }
 
@@ -237,10 +308,10 @@ impl Generator {
         server: &Server,
         kept: Vec<Option<Sender>>,
         plan: Plan,
-        case: Case,
+        bodies: &Bodies,
         span: Duration,
     ) -> Result<(Vec<Option<Sender>>, Vec<u32>), Error> {
-        let (plan, bodies, workers) = (Arc::new(plan), self.bodies(case.size)?, kept.len());
+        let (plan, workers) = (Arc::new(plan), kept.len());
         let mut tasks = JoinSet::new();
         for (turn, kept) in kept.into_iter().enumerate() {
             tasks.spawn(work(self.clone(), server.addr, kept, plan.clone(), bodies.clone(), turn));
@@ -265,8 +336,12 @@ impl Generator {
         Ok((senders, took))
     }
 
-    /// Sends a request over what is kept, or else over a connection of its own, and takes the whole answer.
     async fn exchange(&self, to: SocketAddr, kept: &mut Option<Sender>, body: Bytes) -> Result<(), Error> {
+        self.send(to, kept, &self.operation, body).await
+    }
+
+    /// Sends a request over what is kept, or else over a connection of its own, and takes the whole answer.
+    pub async fn send(&self, to: SocketAddr, kept: &mut Option<Sender>, head: &Head, body: Bytes) -> Result<(), Error> {
         let mut own;
         let sender = match kept {
             Some(sender) => sender,
@@ -278,11 +353,11 @@ impl Generator {
         let answer = match sender {
             Sender::Http1(sender) => {
                 sender.ready().await?;
-                sender.send_request(self.http1.head.clone().map(|()| Full::new(body))).await?
+                sender.send_request(head.http1.clone().map(|()| Full::new(body))).await?
             }
             Sender::Http2(sender) => {
                 sender.ready().await?;
-                sender.send_request(self.http2.head.clone().map(|()| Full::new(body))).await?
+                sender.send_request(head.http2.clone().map(|()| Full::new(body))).await?
             }
         };
         let status = answer.status();
@@ -306,14 +381,14 @@ impl Generator {
         Ok(sender)
     }
 
-    async fn connect(&self, to: SocketAddr, by: &Protocol) -> Result<TokioIo<TlsStream<TcpStream>>, Error> {
+    async fn connect(&self, to: SocketAddr, tls: &Arc<ClientConfig>) -> Result<TokioIo<TlsStream<TcpStream>>, Error> {
         let source = self.opened.fetch_add(1, Ordering::Relaxed) % SOURCES;
         let socket = TcpSocket::new_v4()?;
         socket.bind(SocketAddr::from(([127, 0, 1, 1 + source as u8], 0)))?;
         let stream = socket.connect(to).await?;
         stream.set_nodelay(true)?;
         let name = ServerName::try_from(NAME)?;
-        Ok(TokioIo::new(TlsConnector::from(by.tls.clone()).connect(name, stream).await?))
+        Ok(TokioIo::new(TlsConnector::from(tls.clone()).connect(name, stream).await?))
     }
 }
 
@@ -323,13 +398,12 @@ async fn work(
     to: SocketAddr,
     mut kept: Option<Sender>,
     plan: Arc<Plan>,
-    bodies: Arc<[Bytes]>,
+    bodies: Bodies,
     mut turn: usize,
 ) -> (Option<Sender>, Vec<u32>, Option<Error>) {
     let mut took = vec![];
     while let Some(due) = plan.next().await {
-        let body = bodies[turn % bodies.len()].clone();
-        if let Err(error) = generator.exchange(to, &mut kept, body).await {
+        if let Err(error) = generator.exchange(to, &mut kept, bodies.body(turn)).await {
             return (kept, took, Some(error));
         }
         took.push(u32::try_from(due.elapsed().as_micros()).unwrap_or(u32::MAX));

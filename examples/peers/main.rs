@@ -5,12 +5,17 @@
 //!
 //! The servers have one core, of which they use one thread each, one after the other; what sends and answers has another:
 //! `make bench-peers`.
+//!
+//! With the same means: what a request costs when there is more of everything (`make bench-growth`), and whether the gateway
+//! goes on as it began (`make soak`).
 // Lengths are its own, and a panic is an end like others.
 #![allow(unreachable_pub, clippy::indexing_slicing)]
 
 mod backend;
 mod bare;
+mod configuration;
 mod drawing;
+mod growth;
 mod load;
 mod memory;
 mod process;
@@ -18,6 +23,7 @@ mod report;
 mod requests;
 mod results;
 mod servers;
+mod soak;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
@@ -26,6 +32,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
+use tokio::runtime::Runtime;
 
 use load::Generator;
 use requests::{Case, MIB};
@@ -48,16 +55,16 @@ struct Arguments {
     #[command(subcommand)]
     role: Option<Role>,
     /// The gateway to start [default: the moh-gateway that was built beside this program]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", global = true)]
     gateway: Option<PathBuf>,
-    /// How often everything is measured, in turn [default: 7, or 2 with --quick]
-    #[arg(long)]
+    /// How often everything is measured, in turn [default: 7, of growth 3, or 2 with --quick]
+    #[arg(long, global = true)]
     rounds: Option<usize>,
-    /// Shorter measurements, which are printed and written nowhere
-    #[arg(long)]
+    /// Shorter measurements, which are printed and written nowhere; of a soak, that it is written nowhere
+    #[arg(long, global = true)]
     quick: bool,
     /// Where performance.md is, and the picture goes
-    #[arg(long, value_name = "PATH", default_value = "docs")]
+    #[arg(long, value_name = "PATH", default_value = "docs", global = true)]
     docs: PathBuf,
 }
 
@@ -66,6 +73,10 @@ struct Arguments {
 enum Role {
     /// The bare Pingora proxy, which the comparison starts
     Bare(bare::Arguments),
+    /// What a request costs when there is more of limits, keys, connections, nodes and threads
+    Growth(growth::Arguments),
+    /// Whether all is answered, and memory stays what it was, for some minutes in which much is changed
+    Soak(soak::Arguments),
 }
 
 /// How much is measured.
@@ -83,7 +94,9 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match &arguments.role {
         Some(Role::Bare(bare)) => bare::run(bare),
-        None => run(&arguments),
+        Some(Role::Growth(growth)) => growth::run(&arguments, growth),
+        Some(Role::Soak(soak)) => beside(soak::run(&arguments, soak)),
+        None => beside(compare(&arguments)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -94,13 +107,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &Arguments) -> Result<(), Error> {
+/// Runs something on the core that the servers do not have, in one thread.
+fn beside(what: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
     process::pin(std::process::id(), process::OTHERS)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    run_to_its_end(&runtime, what)
+}
+
+/// Runs something until it has ended, or is interrupted: dropped halfway, it ends the servers too.
+fn run_to_its_end<T>(runtime: &Runtime, what: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     runtime.block_on(async {
-        // Dropped halfway, it ends the servers too.
         tokio::select! {
-            done = compare(arguments) => done,
+            done = what => done,
             _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
         }
     })
@@ -110,7 +128,7 @@ async fn compare(arguments: &Arguments) -> Result<(), Error> {
     let document = arguments.docs.join("performance.md");
     if !arguments.quick {
         // Said now, and not when all is measured.
-        report::split(&document)?;
+        report::split(&document, report::PEERS)?;
     }
     let extent = extent(arguments)?;
     let setting = format!("{} rounds of {} s in turn; {}", extent.rounds, extent.seconds, servers::setting()?);
@@ -131,7 +149,8 @@ async fn compare(arguments: &Arguments) -> Result<(), Error> {
     if !arguments.quick {
         let picture = arguments.docs.join("peers.svg");
         drawing::draw(&results, &picture)?;
-        report::write(&document, &report)?;
+        let report = format!("{report}\n![Costs and waits beside those of the peers](peers.svg)");
+        report::write(&document, report::PEERS, &report)?;
         eprintln!("written: {} and {}", document.display(), picture.display());
     }
     Ok(())

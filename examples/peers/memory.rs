@@ -64,7 +64,8 @@ pub async fn measure(
     })
 }
 
-fn is_closed(kept: &Sender) -> bool {
+/// Whether the other side has closed it.
+pub fn is_closed(kept: &Sender) -> bool {
     match kept {
         Sender::Http1(sender) => sender.is_closed(),
         Sender::Http2(sender) => sender.is_closed(),

@@ -8,19 +8,19 @@ use std::time::Duration;
 
 use crate::Error;
 
-/// The core of the servers.
-pub const SERVERS: u32 = 0;
+/// The core of the servers, as taskset names it.
+pub const SERVERS: &str = "0";
 
 /// The core of what sends and answers.
-pub const OTHERS: u32 = 1;
+pub const OTHERS: &str = "1";
 
-/// Has a process run on one core. Threads that it makes later inherit that.
-pub fn pin(process: u32, core: u32) -> Result<(), Error> {
-    let pinned = Command::new("taskset").args(["-apc", &core.to_string(), &process.to_string()]).output();
+/// Has a process run on these cores alone. Threads that it makes later inherit that.
+pub fn pin(process: u32, cores: &str) -> Result<(), Error> {
+    let pinned = Command::new("taskset").args(["-apc", cores, &process.to_string()]).output();
     let pinned = pinned.map_err(|error| format!("taskset: {error}"))?;
     if !pinned.status.success() {
         let said = String::from_utf8_lossy(&pinned.stderr);
-        return Err(format!("process {process} cannot have core {core} for itself: {}", said.trim()).into());
+        return Err(format!("process {process} cannot be kept to core {cores}: {}", said.trim()).into());
     }
     Ok(())
 }

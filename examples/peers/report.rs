@@ -9,8 +9,8 @@ use crate::requests::{Case, KIB, MIB};
 use crate::results::{P99, Results, Spread, WAIT_BAR, bars, beside_better, median};
 use crate::servers::Kind;
 
-const BEGIN: &str = "<!-- bench-peers -->";
-const END: &str = "<!-- /bench-peers -->";
+/// The place of the comparison in the document.
+pub const PEERS: &str = "bench-peers";
 
 /// Microseconds that the gateway may add to what a request of 1 KiB costs a bare proxy.
 const ADDS: f64 = 2.0;
@@ -18,20 +18,25 @@ const ADDS: f64 = 2.0;
 /// What is looked at of memory.
 type What = fn(&Memory) -> f64;
 
-/// What stands before and after the place of the tables.
-pub fn split(document: &Path) -> Result<(String, String), Error> {
+/// What stands before and after a place.
+pub fn split(document: &Path, place: &str) -> Result<(String, String), Error> {
+    let (begin, end) = marks(place);
     let text = fs::read_to_string(document).map_err(|error| format!("{}: {error}", document.display()))?;
-    let parts = text.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
-    let (before, after) = parts.ok_or_else(|| format!("{} has no {BEGIN} and {END}", document.display()))?;
+    let parts = text.split_once(&begin).and_then(|(before, rest)| Some((before, rest.split_once(&end)?.1)));
+    let (before, after) = parts.ok_or_else(|| format!("{} has no {begin} and {end}", document.display()))?;
     Ok((before.to_owned(), after.to_owned()))
 }
 
-/// Puts the tables in their place.
-pub fn write(document: &Path, report: &str) -> Result<(), Error> {
-    let (before, after) = split(document)?;
-    let text =
-        format!("{before}{BEGIN}\n{report}\n![Costs and waits beside those of the peers](peers.svg)\n{END}{after}");
+/// Puts lines in their place.
+pub fn write(document: &Path, place: &str, lines: &str) -> Result<(), Error> {
+    let ((before, after), (begin, end)) = (split(document, place)?, marks(place));
+    let text = format!("{before}{begin}\n{lines}\n{end}{after}");
     Ok(fs::write(document, text).map_err(|error| format!("{}: {error}", document.display()))?)
+}
+
+/// What a place begins and ends with.
+fn marks(place: &str) -> (String, String) {
+    (format!("<!-- {place} -->"), format!("<!-- /{place} -->"))
 }
 
 /// All tables.
@@ -51,7 +56,8 @@ pub fn markdown(results: &Results, setting: &str) -> String {
     .concat()
 }
 
-fn table(head: &[&str], compared: bool, tail: &[&str], rows: Vec<Vec<String>>) -> String {
+/// A table; `compared`: between head and tail each of the servers has a column.
+pub fn table(head: &[&str], compared: bool, tail: &[&str], rows: Vec<Vec<String>>) -> String {
     let kinds: &[Kind] = if compared { &Kind::COMPARED } else { &[] };
     let head: Vec<_> =
         head.iter().copied().chain(kinds.iter().map(|kind| kind.name())).chain(tail.iter().copied()).collect();
@@ -60,7 +66,7 @@ fn table(head: &[&str], compared: bool, tail: &[&str], rows: Vec<Vec<String>>) -
 }
 
 /// A figure of three digits or so.
-fn figure(value: f64) -> String {
+pub fn figure(value: f64) -> String {
     if value.abs() < 100.0 { format!("{value:.1}") } else { format!("{value:.0}") }
 }
 

@@ -14,8 +14,9 @@ pub const MIB: usize = 1 << 20;
 /// The host that is asked.
 pub const NAME: &str = "ds.b.example";
 
-const SENDER: &str = "a.example";
-const RECIPIENT: &str = "b.example";
+/// Who sends, and to whom.
+pub const SENDER: &str = "a.example";
+pub const RECIPIENT: &str = "b.example";
 
 /// Groups that there are messages of, and what they take in memory at most.
 const GROUPS: usize = 64;
@@ -77,12 +78,57 @@ pub fn group_at() -> usize {
     encode::header(SENDER, RECIPIENT).len() + 5 + 1 + 4 + 1
 }
 
+/// What requests have for bodies.
+#[derive(Clone)]
+pub enum Bodies {
+    /// These, in turn.
+    Turns(Arc<[Bytes]>),
+    /// Each that of a group which is drawn among these.
+    Drawn(Arc<Groups>),
+}
+
+impl Bodies {
+    /// That of a request.
+    pub fn body(&self, turn: usize) -> Bytes {
+        match self {
+            Bodies::Turns(bodies) => bodies[turn % bodies.len()].clone(),
+            Bodies::Drawn(groups) => groups.body(rand::random_range(0..groups.count)),
+        }
+    }
+}
+
+/// More groups than there is room for their bodies: each is made when it is sent.
+pub struct Groups {
+    pub count: u64,
+    like: Vec<u8>,
+    /// Where the group's ID is in that.
+    at: usize,
+}
+
+impl Groups {
+    /// So many of them, or one, with bodies of so many octets.
+    pub fn new(count: u64, size: usize) -> Result<Groups, Error> {
+        Ok(Groups { count: count.max(1), like: body(size, 0)?, at: group_at() })
+    }
+
+    /// That of one of them.
+    pub fn body(&self, group: u64) -> Bytes {
+        let (mut body, mut rest) = (self.like.clone(), group);
+        for digit in body[self.at..self.at + GROUP_LENGTH].iter_mut().rev() {
+            *digit = b'0' + (rest % 10) as u8;
+            rest /= 10;
+        }
+        Bytes::from(body)
+    }
+}
+
 /// Bodies of so many octets.
 pub fn bodies(size: usize) -> Result<Arc<[Bytes]>, Error> {
     (0..GROUPS.min(MEMORY / size)).map(|n| body(size, n).map(Bytes::from)).collect()
 }
 
-fn body(size: usize, n: usize) -> Result<Vec<u8>, Error> {
+/// That of the group and member of this number.
+pub fn body(size: usize, n: usize) -> Result<Vec<u8>, Error> {
     let group = format!("{n:0GROUP_LENGTH$}");
     let build = |ciphertext: usize| {
         let message = encode::concat(&[

@@ -8,13 +8,16 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use http::Method;
 use tempfile::TempDir;
 
 use crate::Error;
 use crate::backend::Backend;
+use crate::configuration::Configuration;
 use crate::load::Generator;
 use crate::process::{self, Cpu};
 use crate::requests::{GROUP_LENGTH, NAME, group_at};
+use crate::support::client::Client;
 use crate::support::pki::Ca;
 use crate::support::program;
 
@@ -87,49 +90,109 @@ impl Place {
 
     /// Starts a server, and waits until it has answered a request.
     pub async fn start(&self, kind: Kind, generator: &Arc<Generator>) -> Result<Server, Error> {
-        let [addr, admin] = program::free_addresses()?;
-        let at = |name: &str| self.dir.path().join(name).display().to_string();
-        let (certificate, key) = (at(&format!("{NAME}.pem")), at(&format!("{NAME}.key")));
         let node = match kind {
-            Kind::OverUnix => format!("unix:{}", at(SOCKET)),
+            Kind::OverUnix => format!("unix:{}", self.at(SOCKET)),
             _ => self.backend.addr.to_string(),
         };
-        let file = at(&format!("{kind:?}.conf"));
-        if let Some(configuration) = kind.configuration() {
-            let values = [
-                ("{listener}", addr.to_string()),
-                ("{admin}", admin.to_string()),
-                ("{node}", node.clone()),
-                ("{protocol}", if kind == Kind::OverH2c { "h2c" } else { "http1" }.to_owned()),
-                ("{certificate}", certificate.clone()),
-                ("{key}", key.clone()),
-                ("{pem}", at("both.pem")),
-                ("{dir}", at("")),
-                ("{group_at}", group_at().to_string()),
-                ("{group_length}", GROUP_LENGTH.to_string()),
-            ];
-            let filled = values.iter().fold(configuration.to_owned(), |text, (name, value)| text.replace(name, value));
-            fs::write(&file, filled)?;
-        }
-        let mut command = Command::new("taskset");
-        command.args(["-c", &process::SERVERS.to_string()]);
+        let protocol = if kind == Kind::OverH2c { "h2c" } else { "http1" };
+        let configuration = kind.configuration().unwrap_or_default();
+        let site =
+            self.site(&format!("{kind:?}"), &configuration.replace("{node}", &node).replace("{protocol}", protocol))?;
+        let mut command = on_cores(process::SERVERS);
         match kind {
-            Kind::Nginx => command.args(["nginx", "-e", "stderr", "-c", &file]),
-            Kind::HaProxy => command.args(["haproxy", "-db", "-f", &file]),
+            Kind::Nginx => command.args(["nginx", "-e", "stderr", "-c"]).arg(&site.file),
+            Kind::HaProxy => command.args(["haproxy", "-db", "-f"]).arg(&site.file),
             Kind::Pingora => command
                 .arg(std::env::current_exe()?)
-                .args(["bare", "--listen", &addr.to_string(), "--node", &node])
-                .args(["--certificate", &certificate, "--key", &key]),
-            _ => command.arg(&self.gateway).args(["run", "--config", &file]),
+                .args(["bare", "--listen", &site.addr.to_string(), "--node", &node])
+                .args(["--certificate", &self.at(&format!("{NAME}.pem")), "--key", &self.at(&format!("{NAME}.key"))]),
+            _ => command.arg(&self.gateway).args(["run", "--config"]).arg(&site.file),
         };
-        let log = self.dir.path().join(format!("{kind:?}.log"));
-        let output = File::create(&log)?;
+        self.launch(kind, site, command, generator).await
+    }
+
+    /// Starts a gateway that is configured in its own way, on these cores, and waits until it has answered a request.
+    pub async fn start_gateway(
+        &self,
+        name: &str,
+        configuration: &Configuration,
+        cores: &str,
+        generator: &Arc<Generator>,
+    ) -> Result<Server, Error> {
+        let site = self.site(name, &configuration.to_string())?;
+        let mut command = on_cores(cores);
+        command.arg(&self.gateway).args(["run", "--config"]).arg(&site.file);
+        self.launch(Kind::Gateway, site, command, generator).await
+    }
+
+    /// Has a gateway read another configuration, by SIGHUP: it may be in use a moment later.
+    pub async fn reload(&self, server: &Server, configuration: &Configuration) -> Result<(), Error> {
+        let filled = self.filled(&configuration.to_string(), server.site.addr, server.site.admin);
+        fs::write(&server.site.file, filled)?;
+        let process = server.child.id().to_string();
+        let told = tokio::process::Command::new("kill").args(["-HUP", &process]).status().await;
+        if !told.map_err(|error| format!("kill: {error}"))?.success() {
+            return Err(server.failed(&"SIGHUP", &"there is no such process"));
+        }
+        Ok(())
+    }
+
+    /// Where a server of this name is to be, with its configuration, if it has one, in its place.
+    fn site(&self, name: &str, configuration: &str) -> Result<Site, Error> {
+        let [addr, admin] = program::free_addresses()?;
+        let [file, log] = ["conf", "log"].map(|kind| self.dir.path().join(format!("{name}.{kind}")));
+        fs::write(&file, self.filled(configuration, addr, admin))?;
+        Ok(Site { addr, admin, file, log })
+    }
+
+    /// A configuration, with what is this comparison's own in its places.
+    fn filled(&self, configuration: &str, addr: SocketAddr, admin: SocketAddr) -> String {
+        let values = [
+            ("{listener}", addr.to_string()),
+            ("{admin}", admin.to_string()),
+            ("{certificate}", self.at(&format!("{NAME}.pem"))),
+            ("{key}", self.at(&format!("{NAME}.key"))),
+            ("{pem}", self.at("both.pem")),
+            ("{dir}", self.at("")),
+            ("{group_at}", group_at().to_string()),
+            ("{group_length}", GROUP_LENGTH.to_string()),
+        ];
+        values.iter().fold(configuration.to_owned(), |text, (name, value)| text.replace(name, value))
+    }
+
+    async fn launch(
+        &self,
+        kind: Kind,
+        site: Site,
+        mut command: Command,
+        generator: &Arc<Generator>,
+    ) -> Result<Server, Error> {
+        let output = File::create(&site.log)?;
         command.env("PATH", path()).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let child = command.spawn().map_err(|error| format!("taskset: {error}"))?;
-        let mut server = Server { kind, addr, child, log };
+        let mut server = Server { kind, addr: site.addr, child, site };
         server.ready(generator).await?;
         Ok(server)
     }
+
+    fn at(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+}
+
+/// A command that is to run on these cores.
+fn on_cores(cores: &str) -> Command {
+    let mut command = Command::new("taskset");
+    command.args(["-c", cores]);
+    command
+}
+
+/// Where a server is.
+struct Site {
+    addr: SocketAddr,
+    admin: SocketAddr,
+    file: PathBuf,
+    log: PathBuf,
 }
 
 /// A running server. Dropped, it is killed.
@@ -137,7 +200,7 @@ pub struct Server {
     pub kind: Kind,
     pub addr: SocketAddr,
     child: Child,
-    log: PathBuf,
+    site: Site,
 }
 
 impl Server {
@@ -165,13 +228,20 @@ impl Server {
         process::memory(self.child.id(), field)
     }
 
+    /// What a gateway's metrics say.
+    pub async fn metric(&self, name: &str) -> Result<f64, Error> {
+        let said = Client::plain(self.site.admin).http1().send(Method::GET, "/metrics", "").await?.text();
+        let value: Option<f64> = said.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+        Ok(value.ok_or_else(|| format!("the gateway's metrics say nothing of {name}"))?)
+    }
+
     pub fn forget_peak(&self) -> Result<(), Error> {
         process::forget_peak(self.child.id())
     }
 
     /// What has failed, with the end of what the server said.
     pub fn failed(&self, what: &dyn Display, error: &dyn Display) -> Error {
-        let log = fs::read(&self.log).unwrap_or_default();
+        let log = fs::read(&self.site.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let skipped = log.lines().count().saturating_sub(20);
         let said = log.lines().skip(skipped).collect::<Vec<_>>().join("\n");
@@ -201,15 +271,18 @@ pub fn setting() -> Result<String, Error> {
         let number = said.split([' ', '/', '\n']).find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
         Ok(number.ok_or_else(|| format!("{program} -v says no version"))?.to_owned())
     };
+    Ok(format!("NGINX {}, HAProxy {}, {}", version("nginx")?, version("haproxy")?, machine("two cores")))
+}
+
+/// The gateway, and the machine that it is measured on.
+pub fn machine(cores: &str) -> String {
     let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    Ok(format!(
-        "NGINX {}, HAProxy {}, moh-gateway {}; Linux {} on two cores of {}",
-        version("nginx")?,
-        version("haproxy")?,
+    format!(
+        "moh-gateway {}; Linux {} on {cores} of {}",
         env!("CARGO_PKG_VERSION"),
         kernel.trim(),
         model.map_or("an unknown machine", |(_, model)| model)
-    ))
+    )
 }
