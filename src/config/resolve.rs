@@ -249,7 +249,7 @@ impl<'a> Resolver<'a> {
         let mut max_body = vec![];
         for (name, table) in tables {
             let key = |part: &str| format!("endpoints.{}{part}", name.get_ref());
-            let Some(endpoint) = dialect::endpoints().find(|e| e.name == name.get_ref()) else {
+            let Some(endpoint) = dialect::endpoint(name.get_ref()) else {
                 self.wrong(
                     name,
                     key(""),

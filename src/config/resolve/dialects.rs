@@ -22,9 +22,7 @@ impl Resolver<'_> {
     pub(super) fn paths(&mut self, tables: &Tables) -> Paths {
         let mut paths = Paths::new();
         for (name, table) in tables {
-            let Some(endpoint) = dialect::endpoints().find(|endpoint| endpoint.name == name.get_ref()) else {
-                continue;
-            };
+            let Some(endpoint) = dialect::endpoint(name.get_ref()) else { continue };
             let key = |part: &str| format!("endpoints.{}.{part}", name.get_ref());
             let path = table.path.as_ref().and_then(|path| self.template(endpoint, path, key("path")));
             let upstream =
@@ -104,8 +102,7 @@ impl Resolver<'_> {
     pub(super) fn holding(&mut self, tables: &Tables, connections: &file::Connections) -> Holding {
         let mut most = vec![];
         for (name, table) in tables {
-            let endpoint = dialect::endpoints().find(|endpoint| endpoint.name == name.get_ref());
-            let (Some(endpoint), Some(size)) = (endpoint, &table.max_held) else { continue };
+            let (Some(endpoint), Some(size)) = (dialect::endpoint(name.get_ref()), &table.max_held) else { continue };
             let key = || format!("endpoints.{}.max_held", name.get_ref());
             if !endpoint.takes_body() {
                 self.wrong(size, key(), "this endpoint takes no body");

@@ -67,21 +67,14 @@ impl Resolver<'_> {
             self.wrong(host, HOSTS, format!("{text:?} is an address: only names are asked"));
             return None;
         }
-        let is_ours =
-            |ours: &Provider| ProviderName::from_bytes(ours.ds_domain.as_bytes()).is_ok_and(|ours| ours.matches(&name));
-        if provider.is_some_and(is_ours) {
+        let covers = |ours: &String| ProviderName::from_bytes(ours.as_bytes()).is_ok_and(|ours| ours.matches(&name));
+        if provider.is_some_and(|ours| covers(&ours.ds_domain)) {
             let message =
                 format!("{text:?} is this gateway: a download could ask it for another, and that for another");
             self.wrong(host, HOSTS, message);
             return None;
         }
-        let is_named = |ours: &Provider| {
-            let of = |name_of_ours: &String| {
-                ProviderName::from_bytes(name_of_ours.as_bytes()).is_ok_and(|ours| ours.matches(&name))
-            };
-            ours.names.iter().any(of)
-        };
-        if provider.is_some_and(is_named) {
+        if provider.is_some_and(|ours| ours.names.iter().any(covers)) {
             self.hint(
                 host,
                 HOSTS,

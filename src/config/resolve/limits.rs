@@ -424,7 +424,7 @@ impl Resolver<'_> {
         }
         let mut covered = vec![];
         for name in endpoints.iter().flatten() {
-            match dialect::endpoints().find(|e| e.name == name.get_ref()) {
+            match dialect::endpoint(name.get_ref()) {
                 Some(endpoint) => covered.extend(endpoint.operations),
                 None => {
                     let message = format!(
