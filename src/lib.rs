@@ -12,6 +12,7 @@ pub mod dialect;
 pub mod download;
 pub mod egress;
 pub mod files;
+pub mod forward;
 pub mod gateway;
 pub mod issuer;
 pub mod limiter;

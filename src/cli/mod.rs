@@ -110,9 +110,8 @@ fn run(how: &Run) -> ExitCode {
 /// What the program says of itself; `RUST_LOG` says how much.
 fn log_to_stderr() {
     // What these say, strangers have them say, as often as they like.
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| {
-        tracing_subscriber::EnvFilter::new("info,pingora_core=off,pingora_proxy=off,h2=off,rustls=off")
-    });
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,pingora_core=off,hyper=off,h2=off,rustls=off"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 }
 

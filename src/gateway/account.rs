@@ -3,31 +3,32 @@
 use super::download::Download;
 use super::fields::Trace;
 use super::live::Live;
+use super::session::Session;
 use super::stream::Connection;
-use super::{Shared, door, forward};
+use super::{Shared, exchange};
 use crate::admission::{Admission, Owing, Subject, Tally, Tickets};
 use crate::dialect::{Dialect, Endpoint};
 use crate::privacypass::Reservation;
 use crate::problem::Refusal;
 use crate::telemetry::{Decision, Line, Metrics};
 use crate::upstream::{Member, Permit, Settings, Tried};
-use http::{StatusCode, Uri};
-use pingora_proxy::Session;
+use http::StatusCode;
+use http::uri::PathAndQuery;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What is kept of a request while it is under way.
-pub struct RequestContext {
+pub(super) struct RequestContext {
     pub(super) began: Instant,
     pub(super) id: String,
     pub(super) trace: Trace,
     /// The configuration that it began with holds to its end.
     pub(super) live: Arc<Live>,
-    pub(super) connection: Option<Arc<Connection>>,
+    pub(super) connection: Arc<Connection>,
     pub(super) endpoint: Option<&'static Endpoint>,
     pub(super) dialect: Option<&'static Dialect>,
     /// What the Delivery Service is asked at.
-    pub(super) path: Option<Uri>,
+    pub(super) path: Option<PathAndQuery>,
     /// What is fetched, where it is not the Delivery Service that answers.
     pub(super) download: Option<Download>,
     pub(super) operation: Option<&'static str>,
@@ -35,7 +36,6 @@ pub struct RequestContext {
     /// Of the group, for choosing its node: the same on every gateway and after every restart.
     pub(super) group_hash: Option<u128>,
     pub(super) group_pseudonym: Option<u128>,
-    pub(super) body: forward::Body,
     /// Time spent waiting for the client's body before the decision.
     pub(super) waited: Duration,
     pub(super) gateway_took: Option<Duration>,
@@ -62,48 +62,39 @@ pub struct RequestContext {
     pub(super) decision: Decision,
     /// What follows on the connection cannot be told from this request: it ends with the answer.
     pub(super) broken: bool,
-    /// A refusal met where Pingora only takes an error.
-    pub(super) pending: Option<Refusal>,
     pub(super) refused: Option<(StatusCode, &'static str, Vec<String>)>,
-    /// The end of the node's answer has gone to the client.
-    pub(super) answered: bool,
-    pub(super) watch: Option<door::Watch>,
     /// An untouched request has been sent again to the node that left it so.
     pub(super) resent: bool,
-    /// What the log says of it, if Pingora drops it without a word.
     pub(super) http: &'static str,
     pub(super) method: &'static str,
     pub(super) status: u16,
-    pub(super) body_out: usize,
+    /// Octets of its body that came, and of the answer's that went.
+    octets: (u64, u64),
     pub(super) shared: Arc<Shared>,
-    pub(super) accounted: bool,
 }
 
 impl Drop for RequestContext {
     fn drop(&mut self) {
         // Given back before it is not under way any more: the process may end then.
         self.token = None;
+        self.say();
         self.shared.metrics.in_flight.dec();
-        if !self.accounted {
-            // Dropped on the way: the client went away, or the request outlived its deadline.
-            let body_in = usize::try_from(self.body.passed()).unwrap_or(usize::MAX);
-            self.say(self.status, body_in, self.body_out);
-        }
     }
 }
 
 impl RequestContext {
     /// A request whose head is in.
-    pub(super) fn new(shared: &Arc<Shared>) -> Self {
+    pub(super) fn new(shared: &Arc<Shared>, session: &Session) -> Self {
         shared.metrics.in_flight.inc();
+        let began = Instant::now();
         Self {
-            began: Instant::now(),
+            began,
             id: uuid::Uuid::now_v7().simple().to_string(),
-            trace: Trace::default(),
+            trace: Trace::of(&session.head.headers),
             live: shared.live.load_full(),
             permit: None,
             settings: None,
-            connection: None,
+            connection: session.connection.clone(),
             endpoint: None,
             dialect: None,
             path: None,
@@ -112,13 +103,12 @@ impl RequestContext {
             provider: None,
             group_hash: None,
             group_pseudonym: None,
-            body: forward::Body::new(0, Duration::ZERO),
             waited: Duration::ZERO,
             gateway_took: None,
             forwarded_at: None,
             ds_took: None,
             tried: Tried::default(),
-            given_at: Instant::now(),
+            given_at: began,
             node: None,
             tickets: Tickets::new(),
             charged: 0,
@@ -128,26 +118,14 @@ impl RequestContext {
             used_token: false,
             decision: Decision::Aborted,
             broken: false,
-            pending: None,
             refused: None,
-            answered: false,
-            watch: door::WATCH.try_with(Clone::clone).ok(),
             shared: shared.clone(),
-            accounted: false,
             resent: false,
-            http: "",
-            method: "",
+            http: session.http(),
+            method: method_label(&session.head.method),
             status: 0,
-            body_out: 0,
+            octets: (0, 0),
         }
-    }
-
-    /// Its head is in.
-    pub(super) fn begin(&mut self, session: &Session) {
-        let request = session.req_header();
-        self.http = if request.version == http::Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" };
-        self.method = method_label(&request.method);
-        self.trace = Trace::of(&request.headers);
     }
 
     /// Limits have let it pass.
@@ -174,16 +152,6 @@ impl RequestContext {
         }
     }
 
-    /// More of its body is awaited: over HTTP/2 Pingora has no clock for that. The node may take its time to take what has come.
-    pub(super) fn await_body(&self) {
-        let h2 = self.connection.as_ref().is_some_and(|connection| connection.h2);
-        let (Some(watch), true, Some(settings)) = (&self.watch, h2, &self.settings) else { return };
-        let idle = Instant::now() + self.live.timeouts.body_idle + settings.write_timeout;
-        // Where the node's answer is late by then, that is said (408); this is for where nothing would be.
-        let late = self.body.until() + settings.read_timeout + Duration::from_secs(1);
-        watch.until(Some(idle.min(late) + Duration::from_secs(1)));
-    }
-
     /// Its node took it and did not answer.
     pub(super) fn failed(&self) {
         if let (Some(node), Some(settings)) = (&self.node, &self.settings) {
@@ -191,18 +159,12 @@ impl RequestContext {
         }
     }
 
-    /// Says what became of it.
-    pub(super) fn account(&mut self, session: &Session) {
-        let status = status_written(session).map_or(0, |status| status.as_u16());
-        self.say(status, session.body_bytes_read(), session.body_bytes_sent());
-    }
-
-    /// In metrics, and in the access log.
-    fn say(&mut self, status: u16, body_in: usize, body_out: usize) {
+    /// Says what became of it, in metrics and in the access log.
+    fn say(&mut self) {
         let shared = self.shared.clone();
-        self.accounted = true;
+        let (body_in, body_out) = self.octets;
         if let Some((admission, mut owing)) = self.owing.take() {
-            admission.owe(&mut owing, self.body.passed().saturating_sub(self.charged));
+            admission.owe(&mut owing, body_in.saturating_sub(self.charged));
         }
         let reason = self.refused.as_ref().map(|(_, reason, _)| *reason);
         let provider = self.provider.as_deref().map(|p| Metrics::provider_label(&self.live.peers.named, p));
@@ -223,21 +185,21 @@ impl RequestContext {
             time: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
             request_id: &self.id,
             egress: false,
-            client: self.connection.as_ref().map(|c| c.client.ip().to_string()).unwrap_or_default(),
+            client: self.connection.client.ip().to_string(),
             provider: self.provider.as_deref(),
-            peer: self.connection.as_ref().and_then(|c| c.identity.as_ref()?.dns_names.first()).map(String::as_str),
+            peer: self.connection.identity.as_ref().and_then(|c| c.dns_names.first()).map(String::as_str),
             http: self.http,
             method: self.method,
             endpoint: self.endpoint.map(|e| e.name),
             operation: self.operation,
             group: self.group_pseudonym.map(|hash| format!("{:016x}", hash as u64)),
-            status,
+            status: self.status,
             decision: self.decision.label(),
             reason,
             limits: self.refused.take().map(|(_, _, limits)| limits).unwrap_or_default(),
             token: self.used_token,
-            body_in,
-            body_out,
+            body_in: usize::try_from(body_in).unwrap_or(usize::MAX),
+            body_out: usize::try_from(body_out).unwrap_or(usize::MAX),
             gateway_us: self.gateway_took.map(micros).unwrap_or_default(),
             ds_us: self.ds_took.map(micros),
             node: self.node.as_ref().map(|node| node.label()).or(self.download.as_ref().map(|of| of.host())),
@@ -246,9 +208,37 @@ impl RequestContext {
     }
 }
 
-/// The status of the answer that has begun to go out; to go on (100) is none.
-pub(super) fn status_written(session: &Session) -> Option<StatusCode> {
-    session.response_written().map(|response| response.status).filter(|status| !status.is_informational())
+impl exchange::Ctx for RequestContext {
+    fn broken(&self) -> bool {
+        self.broken
+    }
+
+    fn keepalive(&self) -> Duration {
+        self.live.timeouts.keepalive
+    }
+
+    fn idle(&self) -> Duration {
+        self.live.timeouts.body_idle
+    }
+
+    fn patience(&self) -> Duration {
+        self.live.timeouts.body_total
+    }
+
+    fn status(&mut self, status: StatusCode) {
+        self.status = status.as_u16();
+    }
+
+    fn octets(&mut self, came: u64, went: u64) {
+        self.octets = (came, went);
+    }
+
+    fn aborted(&mut self, refusal: Option<&Refusal>) {
+        self.decision = Decision::Aborted;
+        if let Some(refusal) = refusal {
+            self.refused = Some((refusal.status(), refusal.reason(), vec![]));
+        }
+    }
 }
 
 /// A method is the client's word: the log has those of HTTP, and "other".

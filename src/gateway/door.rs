@@ -1,21 +1,25 @@
 //! The door of a listener: takes what Pingora accepted, if its source may have another connection, does the TLS handshake
-//! within its time, and hands the stream on to Pingora's proxy; and tells the stream when the head of a request is awaited.
+//! within its time, and has hyper serve the requests that come on it.
 
-use super::Shared;
 use super::connections::{Why, may_stay};
+use super::exchange::{self, Patient, Rules};
 use super::frames::Frames;
-use super::live::{ListenerTls, Live};
+use super::live::ListenerTls;
 use super::proxy_protocol;
-use super::stream::{Connection, FederationStream};
+use super::stream::{Connection, FederationStream, MAX_HEAD, Transport};
+use super::{Gateway, Shared};
+use crate::config::Http2;
 use async_trait::async_trait;
-use pingora_core::apps::{HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp};
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use pingora_core::apps::ServerApp;
 use pingora_core::protocols::Stream;
-use pingora_core::protocols::http::ServerSession;
-use pingora_core::protocols::http::v2::server::H2Options;
 use pingora_core::server::ShutdownWatch;
-use pingora_proxy::{HttpProxy, ProxyHttp};
+use prometheus::IntCounter;
 use rustls::HandshakeKind;
 use std::net::SocketAddr;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_rustls::server::TlsStream;
@@ -26,7 +30,7 @@ const LONGEST_CHAIN: usize = 8;
 
 /// A listener's application.
 pub(super) struct Door {
-    pub(super) proxy: Arc<HttpProxy<super::Gateway>>,
+    pub(super) rules: Arc<Gateway>,
     pub(super) address: SocketAddr,
     pub(super) shared: Arc<Shared>,
 }
@@ -128,123 +132,131 @@ impl ServerApp for Door {
         }
         let frames = connection.h2.then(|| Frames::new(now.http2.control));
         let abuse = self.shared.metrics.connections_refused.with_label_values(&["http2-abuse"]);
-        let id = stream.get_ref().0.id();
         let frames = frames.map(|of| (of, abuse));
-        let stream = FederationStream::new(stream, id, connection.clone(), now.timeouts.headers, frames);
-        let requests = Arc::new(Requests::new(self.proxy.clone(), &now));
+        let stream = FederationStream::new(stream, connection.clone(), &now.timeouts, frames);
+        let cut = Some(self.shared.metrics.connections_cut.clone());
+        let serving = Serving { rules: self.rules.clone(), connection: connection.clone(), http2: now.http2, cut };
+        let keepalive = now.timeouts.keepalive;
         drop((live, now, listener));
-        tokio::select! {
-            left = requests.process_new(Box::new(stream), shutdown) => left,
-            () = connection.is_over() => {
-                self.shared.metrics.connections_cut.inc();
-                None
-            }
-        }
+        serving.until_its_end(stream, keepalive, shutdown).await;
+        None
     }
 
     async fn cleanup(&self) {
         self.shared.leave_time().await;
-        self.proxy.http_cleanup().await;
+        self.shared.closing.send_replace(true);
     }
 }
 
-tokio::task_local! {
-    /// The deadline of the request that this task is about.
-    pub(super) static WATCH: Watch;
+/// HTTP on one connection, by the rules of a door.
+pub(super) struct Serving<R> {
+    pub(super) rules: Arc<R>,
+    pub(super) connection: Arc<Connection>,
+    pub(super) http2: Http2,
+    /// Counts those that had to end.
+    pub(super) cut: Option<IntCounter>,
 }
 
-/// A deadline for a request as a whole. Where a node has answered and the rest of an HTTP/2 body does not come, Pingora
-/// waits for it without a clock, and holds the node's connection as long: past its deadline a request is dropped, which
-/// resets its stream.
-#[derive(Debug, Clone)]
-pub(super) struct Watch(Arc<tokio::sync::watch::Sender<Option<Instant>>>);
-
-impl Watch {
-    /// Sets the deadline, or takes it away.
-    pub(super) fn until(&self, deadline: Option<Instant>) {
-        self.0.send_replace(deadline);
-    }
-}
-
-async fn passed(deadline: &mut tokio::sync::watch::Receiver<Option<Instant>>) {
-    loop {
-        let until = *deadline.borrow_and_update();
-        let changed = match until {
-            None => deadline.changed().await,
-            Some(until) => tokio::select! {
-                () = tokio::time::sleep_until(until.into()) => return,
-                changed = deadline.changed() => changed,
-            },
-        };
-        if changed.is_err() {
-            // The request is over and cannot be late any more.
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
-/// Pingora's proxy for one connection, with a word to its stream before each request, and a deadline that a request may set
-/// itself.
-pub(super) struct Requests<P> {
-    proxy: Arc<HttpProxy<P>>,
-    http2: H2Options,
-    options: HttpServerOptions,
-}
-
-impl<P> Requests<P> {
-    pub(super) fn new(proxy: Arc<HttpProxy<P>>, live: &Live) -> Self {
-        let mut http2 = H2Options::default();
-        http2
-            .max_concurrent_streams(live.http2.max_streams)
-            .max_header_list_size(live.http2.max_header_list)
-            .initial_window_size(256 * 1024)
-            .initial_connection_window_size(1024 * 1024);
-        Self { proxy, http2, options: server_options(live.timeouts.keepalive) }
-    }
-}
-
-/// What Pingora does with connections and methods.
-pub(super) fn server_options(keepalive: Duration) -> HttpServerOptions {
-    let mut options = HttpServerOptions::default();
-    // CONNECT is a method like others here: no endpoint has it.
-    options.allow_connect_method_proxying = true;
-    options.h2_idle_timeout = Some(keepalive);
-    options
-}
-
-#[async_trait]
-impl<P> HttpServerApp for Requests<P>
-where
-    P: ProxyHttp + Send + Sync + 'static,
-    P::CTX: Send + Sync,
-{
-    async fn process_new_http(
-        self: &Arc<Self>,
-        session: ServerSession,
+impl<R: Rules> Serving<R> {
+    /// Serves all requests on a connection. `shutdown` says that no more is accepted: over HTTP/2 the client is told then, over
+    /// HTTP/1.1 with the next answer, or once those that wait are closed.
+    pub(super) async fn until_its_end<T: Transport>(
+        self,
+        stream: FederationStream<T>,
+        keepalive: Duration,
         shutdown: &ShutdownWatch,
-    ) -> Option<ReusedHttpStream> {
-        if let Some(connection) = session.digest().and_then(super::connection_of) {
-            connection.await_head();
+    ) {
+        let mut closing = self.rules.shared().closing.subscribe();
+        let mut shutdown = shutdown.clone();
+        let (rules, connection) = (self.rules.clone(), self.connection.clone());
+        let service = service_fn(move |request| {
+            let (rules, connection) = (rules.clone(), connection.clone());
+            // hyper has room for it in each connection, also while there is none.
+            Box::pin(exchange::serve(rules, request, connection)) as Pin<Box<dyn Future<Output = _> + Send>>
+        });
+        if !self.connection.h2 {
+            let mut serve = http1::Builder::new();
+            // As for fields, hyper takes 100 of them.
+            serve.max_buf_size(MAX_HEAD);
+            let serving = serve.serve_connection(TokioIo::new(stream), service);
+            let mut serving = pin!(serving);
+            tokio::select! {
+                biased;
+                _ = serving.as_mut() => return,
+                () = self.has_to_end() => return,
+                () = told(&mut closing) => serving.as_mut().graceful_shutdown(),
+            }
+            tokio::select! {
+                _ = serving => {}
+                () = self.has_to_end() => {}
+            }
+            return;
         }
-        let (watch, mut deadline) = tokio::sync::watch::channel(None);
-        let request = WATCH.scope(Watch(Arc::new(watch)), self.proxy.process_new_http(session, shutdown));
+        let mut serve = http2::Builder::new(PatientExecutor);
+        serve
+            .max_concurrent_streams(self.http2.max_streams)
+            .max_header_list_size(self.http2.max_header_list)
+            .initial_stream_window_size(256 * 1024)
+            .initial_connection_window_size(1024 * 1024);
+        let serving = serve.serve_connection(TokioIo::new(stream), service);
+        let mut serving = pin!(serving);
+        let mut idle = pin!(self.is_idle_for(keepalive));
+        let told = async {
+            tokio::select! {
+                () = told(&mut closing) => {}
+                () = told(&mut shutdown) => {}
+            }
+        };
         tokio::select! {
             biased;
-            done = request => done,
-            () = passed(&mut deadline) => None,
+            _ = serving.as_mut() => return,
+            () = self.has_to_end() => return,
+            () = told => {}
+            () = idle.as_mut() => {}
+        }
+        serving.as_mut().graceful_shutdown();
+        tokio::select! {
+            _ = serving => {}
+            () = self.has_to_end() => {}
         }
     }
 
-    fn h2_options(&self) -> Option<H2Options> {
-        Some(self.http2.clone())
+    /// Its peer is not admitted any more, or its certificate is over. It is counted before it ends.
+    async fn has_to_end(&self) {
+        self.connection.is_over().await;
+        if let Some(cut) = &self.cut {
+            cut.inc();
+        }
     }
 
-    fn server_options(&self) -> Option<&HttpServerOptions> {
-        Some(&self.options)
+    /// Ends once no request has been under way for so long, or for as long again.
+    async fn is_idle_for(&self, keepalive: Duration) {
+        let half = (keepalive / 2).max(Duration::from_millis(1));
+        let mut quiet = 0;
+        let mut seen = self.connection.requests_so_far();
+        while quiet < 2 {
+            tokio::time::sleep(half).await;
+            let now = self.connection.requests_so_far();
+            quiet = if self.connection.is_busy() || now != seen { 0 } else { quiet + 1 };
+            seen = now;
+        }
     }
+}
 
-    async fn http_cleanup(&self) {
-        self.proxy.http_cleanup().await;
+async fn told(watch: &mut tokio::sync::watch::Receiver<bool>) {
+    // Whoever would say so is gone with the process.
+    if watch.wait_for(|told| *told).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Runs the streams of a connection.
+#[derive(Debug, Clone, Copy)]
+struct PatientExecutor;
+
+impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for PatientExecutor {
+    fn execute(&self, stream: F) {
+        tokio::spawn(Patient::new(Box::pin(stream)));
     }
 }
 

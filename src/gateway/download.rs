@@ -1,20 +1,15 @@
-//! `proxyDownload`: how Pingora gets what a request's URL names. What may be asked, and what passes of the answer, is
-//! `crate::download`'s to say; here it is done to Pingora's own forms of peers, requests and answers.
+//! `proxyDownload`: how what a request's URL names is got. What may be asked, and what passes of the answer, is
+//! `crate::download`'s to say; here it is done to peers, requests and answers.
 //!
-//! A request for a download has no body that goes anywhere: who comes with one must have been refused. Trailers are not
-//! seen here: `upstream_response_trailer_filter` has to clear them.
+//! A request for a download has no body that goes anywhere: who comes with one must have been refused. Nor do trailers pass.
 
-use super::forward;
 use crate::config::Timeouts;
 use crate::download::{self, Counter, Refused, Settings, Target};
 use crate::egress::Resolver;
-use http::{HeaderMap, Method, StatusCode, Uri, header};
-use pingora_core::Result;
-use pingora_core::protocols::tls::CaType;
-use pingora_core::upstreams::peer::HttpPeer;
-use pingora_http::{RequestHeader, ResponseHeader};
-use siphasher::sip::SipHasher24;
-use std::hash::{Hash as _, Hasher as _};
+use crate::forward::{Head, Peer, Protocol, Times, Tls};
+use crate::upstream;
+use http::{HeaderMap, Method, response};
+use parking_lot::Mutex;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,10 +19,12 @@ pub(super) struct Downloads {
     pub(super) settings: Settings,
     /// Of their own: names that do not resolve keep nobody from other providers.
     pub(super) resolver: Resolver,
-    roots: Arc<CaType>,
-    /// Stands for whom they trust: connections made with other roots, or for other things, are not used for them.
-    digest: u64,
+    /// How the hosts that were asked lately are spoken TLS to.
+    tls: Mutex<Vec<(String, Arc<Tls>)>>,
 }
+
+/// Hosts whose TLS is kept, at most.
+const MOST_HOSTS: usize = 256;
 
 /// A download under way.
 pub(super) struct Download {
@@ -43,22 +40,22 @@ impl Download {
     ///
     /// # Errors
     /// As [`Target::resolve`].
-    pub(super) async fn new(target: Target, downloads: Arc<Downloads>) -> std::result::Result<Self, Refused> {
+    pub(super) async fn new(target: Target, downloads: Arc<Downloads>) -> Result<Self, Refused> {
         let counter = Counter::new(&downloads.settings, Instant::now());
         let addresses = target.resolve(&downloads.resolver, &downloads.settings).await?;
         Ok(Self { downloads, target, addresses, tried: 0, counter })
     }
 
     /// The next address to try; none when there is no other.
-    pub(super) fn peer(&mut self, timeouts: &Timeouts) -> Option<HttpPeer> {
+    pub(super) fn peer(&mut self, timeouts: &Timeouts) -> Option<Peer> {
         let address = self.addresses.get(self.tried)?;
         self.tried += 1;
         self.counter.rewind();
-        let mut peer = peer(&self.target, *address, &self.downloads, timeouts);
+        let mut peer = peer(&self.target, *address, &self.downloads, timeouts)?;
         // So that who waits in vain is answered when its time is over.
         let left = self.counter.until().saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        peer.options.read_timeout = Some(self.downloads.settings.idle.min(left));
-        peer.options.connection_timeout = peer.options.connection_timeout.map(|timeout| timeout.min(left));
+        peer.times.read = peer.times.read.min(left);
+        peer.times.connect = peer.times.connect.min(left);
         Some(peer)
     }
 
@@ -67,18 +64,13 @@ impl Download {
         self.tried < self.addresses.len()
     }
 
-    /// When it must have ended.
-    pub(super) fn until(&self) -> Instant {
-        self.counter.until()
-    }
-
-    /// As [`request`].
-    pub(super) fn request(&self, came: &mut RequestHeader) -> Result<()> {
-        request(came, &self.target)
+    /// As [`head`].
+    pub(super) fn head(&self, came: &HeaderMap) -> Head {
+        head(came, &self.target)
     }
 
     /// As [`response`]; heads have no more time than bodies.
-    pub(super) fn response(&mut self, came: &mut ResponseHeader) -> std::result::Result<(), Refused> {
+    pub(super) fn response(&mut self, came: &mut response::Parts) -> Result<(), Refused> {
         self.pass(0)?;
         response(came, &self.downloads.settings)
     }
@@ -94,14 +86,14 @@ impl Download {
     }
 
     /// As [`Counter::pass`].
-    pub(super) fn pass(&mut self, octets: usize) -> std::result::Result<(), Refused> {
+    pub(super) fn pass(&mut self, octets: usize) -> Result<(), Refused> {
         self.counter.pass(octets, Instant::now())
     }
 }
 
 impl Downloads {
     /// As a configuration says; what is in use stays if it is that.
-    pub(super) fn of(settings: Option<&Settings>, before: Option<&Arc<Self>>) -> Result<Option<Arc<Self>>> {
+    pub(super) fn of(settings: Option<&Settings>, before: Option<&Arc<Self>>) -> Result<Option<Arc<Self>>, String> {
         let Some(settings) = settings else { return Ok(None) };
         match before.filter(|before| before.settings == *settings) {
             Some(same) => Ok(Some(same.clone())),
@@ -109,74 +101,63 @@ impl Downloads {
         }
     }
 
-    fn new(settings: Settings) -> Result<Self> {
-        let mut hasher = SipHasher24::new();
-        ("proxy_download", &settings.roots).hash(&mut hasher);
-        let (digest, roots) = (hasher.finish(), forward::roots(&settings.roots)?);
-        Ok(Self { resolver: Resolver::new(settings.allow_private), settings, roots, digest })
+    fn new(settings: Settings) -> Result<Self, String> {
+        // Said now, and not when somebody asks for one.
+        Tls::new(&settings.roots, None, "nobody.invalid", Protocol::Either)?;
+        Ok(Self { resolver: Resolver::new(settings.allow_private), settings, tls: Mutex::default() })
+    }
+
+    /// How a host is spoken TLS to. None: it has no name that a certificate could have.
+    fn tls(&self, host: &str) -> Option<Arc<Tls>> {
+        let known = |tls: &[(String, Arc<Tls>)]| tls.iter().find(|(name, _)| name == host).map(|(_, tls)| tls.clone());
+        if let Some(known) = known(&self.tls.lock()) {
+            return Some(known);
+        }
+        let made = Tls::new(&self.settings.roots, None, host, Protocol::Either).ok()?;
+        let mut tls = self.tls.lock();
+        if tls.len() >= MOST_HOSTS {
+            tls.clear();
+        }
+        tls.push((host.to_owned(), made.clone()));
+        Some(made)
     }
 }
 
-/// The host of a URL at one of the addresses that [`Target::resolve`] has given, as Pingora connects to it: its certificate
-/// must be for the URL's host, and none of ours is shown.
-pub(super) fn peer(target: &Target, address: SocketAddr, downloads: &Downloads, timeouts: &Timeouts) -> HttpPeer {
-    // A target is never without a host; without one Pingora would verify nothing.
-    let mut peer = HttpPeer::new(address, true, target.host().to_owned());
-    peer.group_key = downloads.digest;
+/// The host of a URL at one of the addresses that [`Target::resolve`] has given, as it is connected to: its certificate must be for
+/// the URL's host, and none of ours is shown. None: its host is no name.
+fn peer(target: &Target, address: SocketAddr, downloads: &Downloads, timeouts: &Timeouts) -> Option<Peer> {
     let settings = &downloads.settings;
-    let options = &mut peer.options;
-    options.ca = Some(downloads.roots.clone());
-    options.set_http_version(2, 1);
-    // One that does not read what it asked for keeps nobody else's from coming, as it would on a connection that is shared.
-    options.max_h2_streams = 1;
-    let times = forward::Times {
-        connect: settings.connect,
-        read: settings.idle,
-        write: settings.idle,
-        keepalive: timeouts.keepalive,
-    };
-    forward::set_options(options, &times, timeouts, true);
-    peer
+    Some(Peer {
+        at: upstream::Target::Inet(address),
+        tls: Some(downloads.tls(target.host())?),
+        protocol: Protocol::Either,
+        // One that does not read what it asked for keeps nobody else's from coming, as it would on a connection that is shared.
+        streams: 1,
+        times: Times {
+            connect: settings.connect,
+            read: settings.idle,
+            write: settings.idle,
+            keepalive: timeouts.keepalive,
+        },
+    })
 }
 
-/// Makes of a request for a download the one that its URL is asked with, in which nothing is left of who asks.
-///
-/// # Errors
-/// Pingora does not take a field; all of them are such as it takes.
-pub(super) fn request(request: &mut RequestHeader, target: &Target) -> Result<()> {
-    let fields = download::fields(&request.headers);
-    for name in request.headers.keys().cloned().collect::<Vec<_>>() {
-        request.remove_header(&name);
+/// What a URL is asked with, in which nothing is left of who asks.
+fn head(came: &HeaderMap, target: &Target) -> Head {
+    Head {
+        method: Method::GET,
+        target: target.path_and_query().clone(),
+        authority: target.authority().to_owned(),
+        fields: download::fields(came).into_iter().collect(),
     }
-    request.set_method(Method::GET);
-    request.set_uri(Uri::from(target.path_and_query().clone()));
-    request.insert_header(header::HOST, target.authority())?;
-    for (name, value) in fields {
-        request.insert_header(name, value)?;
-    }
-    Ok(())
 }
 
-/// Leaves of an answer's head what passes. An answer that is on its way (1xx) passes without its fields. How the body is
-/// framed towards the client is for Pingora to say afterwards.
+/// Leaves of an answer's head what passes. How the body is framed towards the client is for hyper to say afterwards.
 ///
 /// # Errors
 /// As [`download::head`]: nothing of the answer may pass.
-pub(super) fn response(response: &mut ResponseHeader, settings: &Settings) -> std::result::Result<(), Refused> {
-    let on_its_way = response.status.is_informational() && response.status != StatusCode::SWITCHING_PROTOCOLS;
-    let headers = match on_its_way {
-        true => HeaderMap::new(),
-        false => download::head(response.status, &response.headers, settings)?.headers,
-    };
-    for name in response.headers.keys().cloned().collect::<Vec<_>>() {
-        response.remove_header(&name);
-    }
-    let unfit = |_| Refused::BadAnswer("its head cannot be passed on");
-    // Its own words for the status are a stranger's too.
-    response.set_reason_phrase(None).map_err(unfit)?;
-    for (name, value) in &headers {
-        response.append_header(name.clone(), value.clone()).map_err(unfit)?;
-    }
+fn response(response: &mut response::Parts, settings: &Settings) -> Result<(), Refused> {
+    response.headers = download::head(response.status, &response.headers, settings)?.headers;
     Ok(())
 }
 
@@ -209,74 +190,55 @@ mod tests {
         };
         let downloads = Downloads::new(settings(&["good.example:8443"])).unwrap();
         let address = SocketAddr::from(([1, 1, 1, 1], 8443));
-        let peer = peer(&target("https://good.example:8443/a"), address, &downloads, &timeouts);
-        assert_eq!((peer._address.to_string(), peer.sni.as_str()), (address.to_string(), "good.example"));
-        assert!(peer.is_tls() && peer.client_cert_key.is_none() && peer.proxy.is_none());
-        assert!(peer.options.verify_cert && peer.options.verify_hostname && peer.options.alternative_cn.is_none());
-        assert_eq!((peer.options.connection_timeout, peer.options.read_timeout), (Some(s(5)), Some(s(10))));
-        assert_eq!((peer.options.write_timeout, peer.options.idle_timeout), (Some(s(10)), Some(s(7))));
-        // Without roots of its own Pingora would take others; with none it trusts nobody.
-        assert!(peer.options.ca.as_ref().is_some_and(|ca| ca.is_empty()));
-        assert_ne!(peer.group_key, 0);
+        let peer = peer(&target("https://good.example:8443/a"), address, &downloads, &timeouts).unwrap();
+        assert_eq!((peer.at, peer.protocol, peer.streams), (upstream::Target::Inet(address), Protocol::Either, 1));
+        assert_eq!(peer.times, Times { connect: s(5), read: s(10), write: s(10), keepalive: s(7) });
+        let tls = peer.tls.unwrap();
+        assert!(Arc::ptr_eq(&tls, &downloads.tls("good.example").unwrap()), "it is made once");
+        assert!(downloads.tls("other.example").unwrap() != tls);
         assert!(Downloads::new(Settings { roots: vec![vec![0; 8]], ..settings(&[]) }).is_err());
     }
 
     #[test]
     fn a_request_says_nothing_of_who_asks() {
-        let mut came = RequestHeader::build("GET", b"/proxyDownload/https%3A%2F%2Fgood.example%2F", None).unwrap();
+        let mut came = HeaderMap::new();
         for (name, value) in [
-            ("Host", "ds.b.example"),
-            ("From", "mimi://a.example"),
-            ("Cookie", "a=b"),
-            ("Authorization", "PrivateToken token=\"x\""),
-            ("User-Agent", "a"),
-            ("X-Forwarded-For", "192.0.2.1"),
-            ("X-Forwarded-For", "192.0.2.2"),
-            ("Traceparent", "00-0-0-00"),
-            ("Content-Length", "0"),
-            ("Range", "bytes=0-9"),
+            ("host", "ds.b.example"),
+            ("from", "mimi://a.example"),
+            ("cookie", "a=b"),
+            ("authorization", "PrivateToken token=\"x\""),
+            ("user-agent", "a"),
+            ("x-forwarded-for", "192.0.2.1"),
+            ("x-forwarded-for", "192.0.2.2"),
+            ("traceparent", "00-0-0-00"),
+            ("content-length", "0"),
+            ("range", "bytes=0-9"),
         ] {
-            came.append_header(name, value).unwrap();
+            came.append(name, value.parse().unwrap());
         }
-        request(&mut came, &target("https://good.example//a/../b%2F?c=%20d")).unwrap();
-        assert_eq!((&came.method, came.raw_path()), (&Method::GET, &b"//a/../b%2F?c=%20d"[..]));
-        assert!(came.uri.authority().is_none());
-        assert_eq!(
-            said(&came.headers),
-            ["accept-encoding: identity", "accept: */*", "host: good.example", "range: bytes=0-9"]
-        );
-        let mut wire = vec![];
-        came.header_to_h1_wire(&mut wire);
-        let wire = String::from_utf8(wire).unwrap().to_ascii_lowercase();
-        assert!(
-            !wire.contains("192.0.2.") && !wire.contains("mimi") && wire.contains("host: good.example\r\n"),
-            "{wire}"
-        );
-
-        // One of HTTP/2 has its authority in the URI.
-        let mut came = RequestHeader::build("GET", b"/", None).unwrap();
-        came.set_uri(Uri::from_static("https://ds.b.example/proxyDownload/x"));
-        request(&mut came, &target("https://good.example:8443")).unwrap();
-        assert_eq!((came.uri.to_string(), came.uri.authority()), ("/".to_owned(), None));
-        assert_eq!(came.headers.get("host").unwrap(), "good.example:8443");
+        let asked = head(&came, &target("https://good.example//a/../b%2F?c=%20d"));
+        assert_eq!((&asked.method, asked.target.as_str()), (&Method::GET, "//a/../b%2F?c=%20d"));
+        assert_eq!(asked.authority, "good.example");
+        assert_eq!(said(&asked.fields), ["accept-encoding: identity", "accept: */*", "range: bytes=0-9"]);
+        let asked = head(&came, &target("https://good.example:8443"));
+        assert_eq!((asked.target.as_str(), asked.authority.as_str()), ("/", "good.example:8443"));
     }
 
     #[test]
     fn of_an_answer_little_is_left() {
         let settings = settings(&[]);
         let answered = |status: u16| {
-            let mut came = ResponseHeader::build(status, None).unwrap();
-            came.set_reason_phrase(Some("<script>")).unwrap();
-            for (name, value) in [
-                ("Content-Type", "text/html"),
-                ("Content-Length", "10"),
-                ("Set-Cookie", "a=b"),
-                ("Location", "https://evil.example/"),
-                ("Connection", "close"),
-                ("Link", "<https://evil.example/>; rel=preload"),
-            ] {
-                came.append_header(name, value).unwrap();
-            }
+            let mut came = http::Response::builder()
+                .status(status)
+                .header("Content-Type", "text/html")
+                .header("Content-Length", "10")
+                .header("Set-Cookie", "a=b")
+                .header("Location", "https://evil.example/")
+                .header("Link", "<https://evil.example/>; rel=preload")
+                .body(())
+                .unwrap()
+                .into_parts()
+                .0;
             let result = response(&mut came, &settings);
             (result, came)
         };
@@ -292,13 +254,9 @@ mod tests {
                 "x-content-type-options: nosniff"
             ]
         );
-        assert_eq!(passed.get_reason_phrase(), Some("OK"));
-        let (result, passed) = answered(103);
-        assert_eq!((result, passed.headers.len()), (Ok(()), 0));
         assert_eq!(answered(302).0, Err(Refused::Redirected));
         assert!(matches!(answered(101).0, Err(Refused::BadAnswer(_))));
-        let mut large = ResponseHeader::build(200, None).unwrap();
-        large.insert_header("Content-Length", "1001").unwrap();
+        let mut large = http::Response::builder().header("Content-Length", "1001").body(()).unwrap().into_parts().0;
         assert_eq!(response(&mut large, &settings), Err(Refused::TooLarge));
     }
 }

@@ -2,13 +2,17 @@
 //! operator names the fields; whatever comes in under these names, or under those that others are used to, is dropped, so
 //! that only the gateway says such things.
 
+use super::answer;
 use crate::config::Fields;
 use crate::dialect::Endpoint;
+use crate::forward::Head;
 use crate::privacypass;
+use crate::problem::Refusal;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
-use pingora_http::RequestHeader;
+use http::request::Parts;
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderName, HeaderValue, header};
 use rustls::pki_types::CertificateDer;
 use std::borrow::Cow;
 use std::net::IpAddr;
@@ -114,16 +118,20 @@ pub(super) fn is_ours_to_say(name: &HeaderName, fields: &Fields) -> bool {
 }
 
 /// An address as RFC 7239 §6 has it: IPv6 in brackets, and quoted.
-fn forwarded(client: IpAddr, host: Option<&HeaderValue>) -> String {
-    let from = match client.to_canonical() {
-        IpAddr::V4(ip) => format!("for={ip}"),
-        IpAddr::V6(ip) => format!("for=\"[{ip}]\""),
+fn forwarded(client: IpAddr, host: &str) -> String {
+    use std::fmt::Write as _;
+    let mut value = String::with_capacity(64 + host.len());
+    // A string takes all that is written to it.
+    let _ = match client.to_canonical() {
+        IpAddr::V4(ip) => write!(value, "for={ip}"),
+        IpAddr::V6(ip) => write!(value, "for=\"[{ip}]\""),
     };
     // It is one of this provider's names, with a port or without: nothing that would end the quotes.
-    match host.and_then(|host| host.to_str().ok()).filter(|host| !host.contains(['"', '\\'])) {
-        Some(host) => format!("{from};host=\"{host}\";proto=https"),
-        None => format!("{from};proto=https"),
+    if !host.contains(['"', '\\']) {
+        let _ = write!(value, ";host=\"{host}\"");
     }
+    value.push_str(";proto=https");
+    value
 }
 
 /// A certificate as RFC 9440 §2.1 has it: a byte sequence of RFC 8941.
@@ -139,68 +147,84 @@ pub(super) struct Of {
     pub(super) keeps_from: bool,
 }
 
-/// Sets what the Delivery Service gets. Target and content type are written anew: it gets those that were checked, in
-/// one form, however they came. Of the fields, what is not for outside to say is dropped, then who sends is said by us. A
-/// `PrivateToken` credential was for us; other credentials are the Delivery Service's.
-pub(super) fn set(
-    request: &mut RequestHeader,
-    path: Uri,
+/// Fields that are of the connection, or of how a body is framed on it (RFC 9110 §7.6.1); and whom it is for, which is said anew.
+fn is_of_the_connection(name: &HeaderName) -> bool {
+    [header::HOST, header::CONTENT_LENGTH, header::CONNECTION, header::TRANSFER_ENCODING, header::TE, header::TRAILER]
+        .contains(name)
+        || [header::UPGRADE, header::PROXY_AUTHENTICATE].contains(name)
+        || matches!(name.as_str(), "keep-alive" | "proxy-connection" | "http2-settings")
+}
+
+/// Of what came, the fields that go on: none of the connection's, and none that `is_dropped`.
+pub(super) fn kept(came: &HeaderMap, is_dropped: impl Fn(&HeaderName) -> bool, more: usize) -> HeaderMap {
+    let mut kept = HeaderMap::with_capacity(came.keys_len() + more);
+    for name in came.keys() {
+        if is_of_the_connection(name) || is_dropped(name) {
+            continue;
+        }
+        for value in came.get_all(name) {
+            kept.append(name.clone(), value.clone());
+        }
+    }
+    kept
+}
+
+/// What the Delivery Service gets. Target and content type are written anew: it gets those that were checked, in one form, however
+/// they came. Of the fields, what is not for outside to say is dropped, then who sends is said by us. A `PrivateToken` credential
+/// was for us; other credentials are the Delivery Service's.
+///
+/// # Errors
+/// The request names nobody, or what is known of it is in no form that a field can have.
+pub(super) fn head(
+    request: &Parts,
+    path: PathAndQuery,
     of: Of,
     fields: &Fields,
     learned: &Learned<'_>,
     takes_tokens: bool,
-) -> pingora_core::Result<()> {
-    if let Some(authority) = request.uri.authority().map(|authority| authority.as_str().to_owned()) {
-        request.insert_header(header::HOST, authority)?;
-    }
-    request.set_uri(path);
-    if !of.keeps_from {
+) -> Result<Head, Refusal> {
+    let authority = answer::authority(request)?.to_owned();
+    let is_dropped = |name: &HeaderName| {
         // Nobody has looked at it.
-        request.remove_header(&header::FROM);
-    }
+        (*name == header::FROM && !of.keeps_from)
+            || (*name == header::CONTENT_TYPE && of.endpoint.content_type.is_some())
+            || is_ours_to_say(name, fields)
+    };
+    let mut kept = kept(&request.headers, is_dropped, 6);
     if let Some(content_type) = of.endpoint.content_type {
-        request.insert_header(header::CONTENT_TYPE, content_type)?;
+        kept.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     }
-    let drop: Vec<_> = request.headers.keys().filter(|name| is_ours_to_say(name, fields)).cloned().collect();
-    for name in drop {
-        request.remove_header(&name);
-    }
-    if takes_tokens && privacypass::has_credential(&request.headers) {
-        let others: Vec<HeaderValue> = request
-            .headers
-            .get_all(header::AUTHORIZATION)
-            .iter()
-            .filter(|value| !privacypass::is_private_token(value))
-            .cloned()
-            .collect();
-        request.remove_header(&header::AUTHORIZATION);
+    if takes_tokens && privacypass::has_credential(&kept) {
+        let all = kept.get_all(header::AUTHORIZATION).iter();
+        let others: Vec<HeaderValue> = all.filter(|value| !privacypass::is_private_token(value)).cloned().collect();
+        kept.remove(header::AUTHORIZATION);
         for value in others {
-            request.append_header(header::AUTHORIZATION, value)?;
+            kept.append(header::AUTHORIZATION, value);
         }
     }
-    if let (Some(name), Some(client)) = (&fields.forwarded, learned.client) {
-        let value = forwarded(client, request.headers.get(header::HOST));
-        request.insert_header(name.clone(), value)?;
+    let mut say = |name: &Option<HeaderName>, value: Option<Cow<'_, str>>| -> Result<(), Refusal> {
+        let (Some(name), Some(value)) = (name, value) else { return Ok(()) };
+        let value = HeaderValue::from_str(&value).map_err(|_| Refusal::Internal)?;
+        kept.insert(name.clone(), value);
+        Ok(())
+    };
+    if let Some(client) = learned.client.filter(|_| fields.forwarded.is_some()) {
+        say(&fields.forwarded, Some(forwarded(client, &authority).into()))?;
     }
-    if let (Some(name), Some(provider)) = (&fields.provider, learned.provider) {
-        request.insert_header(name.clone(), provider)?;
+    say(&fields.provider, learned.provider.map(Cow::Borrowed))?;
+    if fields.client_cert.is_some() {
+        say(&fields.client_cert, learned.chain.first().map(|leaf| sequence(leaf).into()))?;
     }
-    if let (Some(name), Some(leaf)) = (&fields.client_cert, learned.chain.first()) {
-        request.insert_header(name.clone(), sequence(leaf))?;
+    if let (Some(_), Some(rest @ [_, ..])) = (&fields.client_cert_chain, learned.chain.get(1..)) {
+        let rest = rest.iter().map(sequence).collect::<Vec<_>>().join(", ");
+        say(&fields.client_cert_chain, Some(rest.into()))?;
     }
-    if let (Some(name), Some(rest @ [_, ..])) = (&fields.client_cert_chain, learned.chain.get(1..)) {
-        request.insert_header(name.clone(), rest.iter().map(sequence).collect::<Vec<_>>().join(", "))?;
+    say(&fields.tls, learned.tls.map(Cow::Borrowed))?;
+    say(&fields.request_id, Some(learned.id.into()))?;
+    if fields.traceparent.is_some() {
+        say(&fields.traceparent, Some(learned.trace.field(learned.id)))?;
     }
-    if let (Some(name), Some(tls)) = (&fields.tls, learned.tls) {
-        request.insert_header(name.clone(), tls)?;
-    }
-    if let Some(name) = &fields.request_id {
-        request.insert_header(name.clone(), learned.id)?;
-    }
-    if let Some(name) = &fields.traceparent {
-        request.insert_header(name.clone(), learned.trace.field(learned.id).as_ref())?;
-    }
-    Ok(())
+    Ok(Head { method: request.method.clone(), target: path, authority, fields: kept })
 }
 
 #[cfg(test)]
@@ -222,7 +246,10 @@ mod tests {
     }
 
     fn sent(fields: &Fields, learned: &Learned<'_>) -> Vec<String> {
-        let mut request = RequestHeader::build("POST", b"/group_operation", None).unwrap();
+        let mut request = http::Request::post("/group_operation").body(()).unwrap().into_parts().0;
+        let mut add = |name: &str, value: &str| {
+            request.headers.append(HeaderName::try_from(name).unwrap(), value.parse().unwrap());
+        };
         for name in [
             "X-Forwarded-For",
             "x_forwarded_for",
@@ -237,16 +264,20 @@ mod tests {
             "X-Operators-Own",
             "x_operators_own",
         ] {
-            request.append_header(name, "forged").unwrap();
+            add(name, "forged");
         }
-        request.append_header("Host", "ds.b.example").unwrap();
-        request.append_header("Authorization", "Bearer ds").unwrap();
-        request.append_header("Authorization", "PrivateToken token=\"x\"").unwrap();
-        request.append_header("X-Other", "kept").unwrap();
+        add("Host", "ds.b.example");
+        add("Authorization", "Bearer ds");
+        add("Authorization", "PrivateToken token=\"x\"");
+        add("X-Other", "kept");
+        add("Keep-Alive", "timeout=5");
+        add("Content-Length", "7");
         let endpoint = crate::dialect::endpoint("group_operation").unwrap();
         let of = Of { endpoint, keeps_from: false };
-        set(&mut request, Uri::from_static(endpoint.path), of, fields, learned, true).unwrap();
-        request.headers.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap())).collect()
+        let head = head(&request, PathAndQuery::from_static(endpoint.path), of, fields, learned, true).unwrap();
+        assert_eq!((head.method.as_str(), head.authority.as_str()), ("POST", "ds.b.example"));
+        assert!(!["keep-alive", "content-length", "host"].iter().any(|name| head.fields.contains_key(*name)));
+        head.fields.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap())).collect()
     }
 
     #[test]

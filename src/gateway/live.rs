@@ -2,20 +2,22 @@
 //! began with to its end; a connection takes what is in use for each of its requests.
 
 use super::download::Downloads;
-use super::forward;
 use crate::admission::{Admission, Peers};
 use crate::config::{
     ClientAuth, Config, ConnectionLimits, Fields, Holding, Http2, Provider, TicketSettings, Timeouts, Trusted,
 };
 use crate::dialect::Routes;
 use crate::egress::{Discovery, Patience};
+use crate::forward;
 use crate::limiter::fleet::Fleet;
 use crate::privacypass::Origin;
 use crate::tls::{self, Certificate, CertificateFiles, CertificateStore, Tickets};
 use ipnet::IpNet;
+use parking_lot::Mutex;
 use rustls::pki_types::CertificateDer;
 use rustls::server::danger::ClientCertVerifier;
 use siphasher::sip::SipHasher24;
+use std::collections::HashMap;
 use std::hash::{Hash as _, Hasher as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -83,11 +85,15 @@ pub(super) struct LiveEgress {
     pub(super) patience: Arc<Patience>,
     /// Where nodes of ours have to show a certificate.
     pub(super) tls: Option<Arc<ListenerTls>>,
-    /// Stands for what other providers are shown and trusted by: connections made with another are not used again.
-    pub(super) digest: u64,
-    pub(super) client_certificate: Option<Arc<pingora_core::utils::tls::CertKey>>,
-    pub(super) roots: Arc<pingora_core::protocols::tls::CaType>,
+    /// Stands for what other providers are shown and trusted by.
+    digest: u64,
+    shown: Option<(Vec<Vec<u8>>, Vec<u8>)>,
+    /// How the providers that were spoken to lately are spoken TLS to.
+    known: Mutex<HashMap<String, Arc<forward::Tls>>>,
 }
+
+/// Providers whose TLS is kept, at most.
+const MOST_PROVIDERS: usize = 1024;
 
 // === impl Tls ===
 
@@ -325,6 +331,8 @@ impl LiveEgress {
             (chain, identity.key_der().to_vec())
         });
         let roots = &settings.roots;
+        // Said now, and not when somebody asks for one.
+        tls_to(roots, shown.as_ref(), "nobody.invalid")?;
         let mut hasher = SipHasher24::new();
         (&shown, roots).hash(&mut hasher);
         let (digest, discovery) = (hasher.finish(), &settings.discovery);
@@ -343,9 +351,32 @@ impl LiveEgress {
             patience: before.map_or_else(|| Arc::new(Patience::new()), |before| before.patience.clone()),
             tls,
             digest,
-            client_certificate: shown.as_ref().map(|(chain, key)| forward::identity(chain, key)).transpose()?,
-            roots: forward::roots(roots)?,
+            shown,
+            known: Mutex::default(),
             settings: settings.clone(),
         })))
     }
+
+    /// How a provider's Delivery Service is spoken TLS to. None: its domain is no name that a certificate could have.
+    pub(super) fn tls_to(&self, domain: &str) -> Option<Arc<forward::Tls>> {
+        if let Some(known) = self.known.lock().get(domain) {
+            return Some(known.clone());
+        }
+        let made = tls_to(&self.settings.roots, self.shown.as_ref(), domain).ok()?;
+        let mut known = self.known.lock();
+        if known.len() >= MOST_PROVIDERS {
+            known.clear();
+        }
+        known.insert(domain.to_owned(), made.clone());
+        Some(made)
+    }
+}
+
+fn tls_to(
+    roots: &[Vec<u8>],
+    shown: Option<&(Vec<Vec<u8>>, Vec<u8>)>,
+    domain: &str,
+) -> Result<Arc<forward::Tls>, String> {
+    let identity = shown.map(|(chain, key)| (&chain[..], &key[..]));
+    forward::Tls::new(roots, identity, domain, forward::Protocol::Either)
 }

@@ -1,19 +1,19 @@
 //! Peek: reading just enough of a body to decide, within its time and within what may be held.
 
 use super::answer;
-use super::forward::Body;
 use super::live::Live;
-use super::stream::Connection;
+use super::session::{Body, Session};
 use crate::config::host_of;
 use crate::dialect::{Endpoint, Head};
+use crate::forward::Stop;
 use crate::problem::Refusal;
 use crate::wire;
 use bytes::{Bytes, BytesMut};
+use http::request::Parts;
 use http::{HeaderValue, header};
-use pingora_core::ErrorType;
-use pingora_http::RequestHeader;
-use pingora_proxy::Session;
 use prometheus::IntGauge;
+use std::future::poll_fn;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 /// What has come of a body. Most often one read is all, and it is not copied.
@@ -45,6 +45,14 @@ impl Held {
         if self.more.is_empty() { &self.first } else { &self.more }
     }
 
+    /// All that has come, to be sent on.
+    fn whole(&mut self) -> Bytes {
+        if !self.more.is_empty() {
+            self.first = std::mem::take(&mut self.more).freeze();
+        }
+        self.first.clone()
+    }
+
     fn push(&mut self, chunk: Bytes) {
         self.gauge.add(as_count(chunk.len()));
         if self.first.is_empty() {
@@ -59,7 +67,7 @@ impl Held {
 }
 
 /// A body must be octets as they are: a coding would let the Delivery Service read others than the gateway did.
-fn check_content(request: &RequestHeader, endpoint: &Endpoint) -> Result<(), Refusal> {
+fn check_content(request: &Parts, endpoint: &Endpoint) -> Result<(), Refusal> {
     if request.headers.contains_key(header::CONTENT_ENCODING) {
         return Err(Refusal::WrongContentType { accept: endpoint.content_type });
     }
@@ -76,7 +84,7 @@ fn check_content(request: &RequestHeader, endpoint: &Endpoint) -> Result<(), Ref
 }
 
 /// What an endpoint's reader takes of a head. `parameter` is the path's, decoded.
-pub(super) fn head<'a>(request: &'a RequestHeader, parameter: &'a str) -> Head<'a> {
+pub(super) fn head<'a>(request: &'a Parts, parameter: &'a str) -> Head<'a> {
     let mut from = request.headers.get_all(header::FROM).iter();
     let from = match (from.next(), from.next()) {
         (Some(one), None) => Some(one.as_bytes()),
@@ -86,12 +94,12 @@ pub(super) fn head<'a>(request: &'a RequestHeader, parameter: &'a str) -> Head<'
 }
 
 /// The one length that the request says its body has.
-pub(super) fn content_length(request: &RequestHeader) -> Option<u64> {
+pub(super) fn content_length(request: &Parts) -> Option<u64> {
     request.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 /// A request is framed in one way that every server reads alike, and takes none of the fields away that we checked.
-pub(super) fn check_framing(request: &RequestHeader) -> Result<(), Refusal> {
+pub(super) fn check_framing(request: &Parts) -> Result<(), Refusal> {
     let all = |name| request.headers.get_all(name).iter();
     let digits = |value: &HeaderValue| !value.is_empty() && value.as_bytes().iter().all(u8::is_ascii_digit);
     if all(header::CONTENT_LENGTH).count() > 1 || !all(header::CONTENT_LENGTH).all(digits) {
@@ -114,24 +122,9 @@ pub(super) fn check_framing(request: &RequestHeader) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Why reading stopped undecided.
-#[derive(Debug)]
-pub(super) struct Stop {
-    /// The answer.
-    pub(super) refusal: Refusal,
-    /// The body broke off, or is not framed as it should be.
-    pub(super) broken: bool,
-}
-
-impl From<Refusal> for Stop {
-    fn from(refusal: Refusal) -> Self {
-        Self { refusal, broken: false }
-    }
-}
-
 /// The body of a request at an endpoint, of a type that is read there and of no more octets than it may have, as far as its
 /// head says.
-pub(super) fn body(request: &RequestHeader, endpoint: &Endpoint, live: &Live) -> Result<Body, Refusal> {
+pub(super) fn body(request: &Parts, endpoint: &Endpoint, live: &Live) -> Result<Body, Refusal> {
     check_content(request, endpoint)?;
     let bound = live.max_body.iter().find(|(name, _)| *name == endpoint.name);
     let body = Body::new(bound.map_or(endpoint.max_body, |(_, bound)| *bound), live.timeouts.body_total);
@@ -152,19 +145,12 @@ pub(super) struct Reading<'a> {
     pub(super) gauge: &'a IntGauge,
 }
 
-/// Reads a body until its endpoint's reader has decided, in small reads. What was read is replayed to the Delivery Service by
-/// Pingora. `waited` is lengthened by what was spent waiting for the client.
-pub(super) async fn peek(
-    session: &mut Session,
-    reading: &Reading<'_>,
-    connection: &Connection,
-    waited: &mut Duration,
-) -> Result<Held, Stop> {
-    session.set_read_timeout(Some(reading.live.timeouts.body_idle));
+/// Reads a body until its endpoint's reader has decided. What was read is what is sent on first. `waited` is lengthened by what was
+/// spent waiting for the client.
+pub(super) async fn peek(session: &mut Session, reading: &Reading<'_>, waited: &mut Duration) -> Result<Held, Stop> {
     let mut held = Held::new(reading.gauge);
-    connection.hold(true);
-    let read = fill(&mut held, session, reading, connection, waited).await;
-    connection.hold(false);
+    let read = fill(&mut held, session, reading, waited).await;
+    session.hold(held.whole());
     read.map(|()| held)
 }
 
@@ -172,22 +158,16 @@ async fn fill(
     held: &mut Held,
     session: &mut Session,
     reading: &Reading<'_>,
-    connection: &Connection,
     waited: &mut Duration,
 ) -> Result<(), Stop> {
     let Reading { endpoint, live, .. } = *reading;
     let (timeouts, most) = (&live.timeouts, live.holding.of(endpoint.name));
     let mut share = None;
-    session.as_mut().enable_retry_buffering();
     let deadline = Instant::now() + timeouts.body_total;
-    let expects = session.req_header().headers.get(header::EXPECT);
-    if expects.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
-        let _ = tokio::time::timeout(timeouts.body_idle, session.as_mut().write_continue_response()).await;
-    }
     let mut need = 0;
     loop {
         if held.octets().len() >= need {
-            match endpoint.read(&head(session.req_header(), reading.parameter), held.octets()) {
+            match endpoint.read(&head(&session.head, reading.parameter), held.octets()) {
                 Ok(_) => return Ok(()),
                 Err(wire::Error::Incomplete { need: more, .. }) => need = more,
                 Err(malformed) => return Err(Refusal::Malformed(malformed).into()),
@@ -203,38 +183,43 @@ async fn fill(
                 return Err(too_much().into());
             }
             if share.is_none() {
+                let connection = &session.connection;
                 let peer = connection.identity.as_ref().and_then(|identity| identity.dns_names.first());
                 let (ip, most) = (connection.client.ip(), live.holding.of_a_source());
                 share = Some(live.admission.waiting(ip, peer.map(String::as_str), most).ok_or_else(too_much)?);
             }
         }
-        let began = Instant::now();
-        let patience = timeouts.body_idle.min(deadline.saturating_duration_since(began));
-        let read = tokio::time::timeout(patience, session.as_mut().read_request_body()).await;
-        *waited += began.elapsed();
-        match read {
-            Err(_) => return Err(Refusal::TooSlow.into()),
-            Ok(Ok(Some(chunk))) if !chunk.is_empty() => held.push(chunk),
-            Ok(Ok(Some(_))) => {}
-            // The body ended: what is missing will not come.
-            Ok(Ok(None)) => return Err(Refusal::Malformed(still_missing(session, reading, held)).into()),
-            Ok(Err(e)) => {
-                let refusal = match e.etype() {
-                    ErrorType::ReadTimedout => Refusal::TooSlow,
-                    ErrorType::ConnectionClosed => Refusal::Malformed(still_missing(session, reading, held)),
-                    _ => Refusal::BadHttp("the body's framing is wrong, or it broke off"),
-                };
-                return Err(Stop { refusal, broken: true });
+        let read = match once(|cx| session.poll_body(cx)).await {
+            // Most often it is there.
+            Poll::Ready(read) => read,
+            Poll::Pending => {
+                let began = Instant::now();
+                let patience = timeouts.body_idle.min(deadline.saturating_duration_since(began));
+                let read = tokio::time::timeout(patience, poll_fn(|cx| session.poll_body(cx))).await;
+                *waited += began.elapsed();
+                read.map_err(|_| Refusal::TooSlow)?
             }
-        }
-        if session.as_mut().retry_buffer_truncated() {
-            return Err(Refusal::TooLarge.into());
+        };
+        match read {
+            Some(Ok(chunk)) => held.push(chunk),
+            // The body ended: what is missing will not come.
+            None => return Err(Refusal::Malformed(still_missing(session, reading, held)).into()),
+            Some(Err(Stop { gone: true, broken, .. })) => {
+                let refusal = Refusal::Malformed(still_missing(session, reading, held));
+                return Err(Stop { refusal, broken, gone: true });
+            }
+            Some(Err(stop)) => return Err(stop),
         }
     }
 }
 
+/// Whether something is there now.
+async fn once<T>(mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
+    poll_fn(|cx| Poll::Ready(poll(cx))).await
+}
+
 fn still_missing(session: &Session, reading: &Reading<'_>, held: &Held) -> wire::Error {
-    match reading.endpoint.read(&head(session.req_header(), reading.parameter), held.octets()) {
+    match reading.endpoint.read(&head(&session.head, reading.parameter), held.octets()) {
         Err(error) => error,
         Ok(_) => wire::Error::Malformed { field: "body", offset: held.octets().len(), reason: "cut short" },
     }

@@ -11,6 +11,7 @@ use super::upgrade::{From, Signals, Successor, Upgrade};
 use super::{Gateway, Shared, admin, door, egress, reload, upgrade};
 use crate::admission::Admission;
 use crate::config::Config;
+use crate::forward::Clients;
 use crate::limiter::Limiter;
 use crate::limiter::fleet::{self, Fleet};
 use crate::limiter::memory::Memory;
@@ -26,7 +27,6 @@ use pingora_core::server::configuration::{Opt, ServerConf};
 use pingora_core::server::{ExecutionPhase, RunArgs, Server, ShutdownWatch};
 use pingora_core::services::background::{BackgroundService, background_service};
 use pingora_core::services::listening::Service;
-use pingora_proxy::HttpProxy;
 use sd_notify::NotifyState;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -254,16 +254,27 @@ impl Observer for NodeMetrics {
     }
 }
 
-/// Resolves nodes again, and checks them.
-struct NodeKeeper(Arc<Nodes>);
+/// Resolves nodes again, checks them, and closes connections to them that nobody needs.
+struct NodeKeeper(Arc<Shared>);
+
+/// Between two looks at connections that are kept.
+const SWEEP: Duration = Duration::from_secs(1);
 
 #[async_trait]
 impl BackgroundService for NodeKeeper {
     async fn start(&self, mut shutdown: ShutdownWatch) {
         tokio::select! {
-            () = self.0.clone().run() => {}
+            () = self.0.nodes.clone().run() => {}
+            () = keep_sweeping(&self.0) => {}
             _ = shutdown.changed() => {}
         }
+    }
+}
+
+async fn keep_sweeping(shared: &Shared) {
+    loop {
+        tokio::time::sleep(SWEEP).await;
+        shared.clients.sweep();
     }
 }
 
@@ -329,6 +340,7 @@ fn server(
         live: ArcSwap::from_pointee(live),
         nodes: nodes.clone(),
         node_tls: NodeTlsForms::default(),
+        clients: Clients::new(),
         connections: Connections::default(),
         privacy_pass_metrics,
         store_metrics,
@@ -338,26 +350,22 @@ fn server(
         draining: AtomicBool::new(false),
         succeeded: AtomicBool::new(false),
         threads: tokio::sync::watch::Sender::new(threads),
+        closing: tokio::sync::watch::Sender::new(false),
     });
 
     let conf = ServerConf {
         // By this Pingora sizes its pools; services that only wait have one, those of listeners others ([`Threads`]).
         threads,
         work_stealing: false,
-        upstream_keepalive_pool_size: 1024,
         grace_period_seconds: Some(longest.as_secs().max(1)),
         graceful_shutdown_timeout_seconds: Some(1),
-        max_retries: 16,
         upgrade_sock: upgrade.socket.display().to_string(),
         ..ServerConf::default()
     };
     let options = Opt { upgrade: from.is_some(), ..Opt::default() };
     let mut server = Server::new_with_opt_and_conf(options, conf);
     for address in addresses {
-        let mut proxy = HttpProxy::new(Gateway(shared.clone()), server.configuration.clone());
-        proxy.server_options = Some(door::server_options(shared.live.load().timeouts.keepalive));
-        proxy.handle_init_modules();
-        let door = door::Door { proxy: Arc::new(proxy), address, shared: shared.clone() };
+        let door = door::Door { rules: Arc::new(Gateway(shared.clone())), address, shared: shared.clone() };
         let listen = |service: &mut Service<Seat<door::Door>>, address: &str| {
             // rustls has buffers of its own, of the size of its records.
             let buffers = L4BufferSettings::unbuffered();
@@ -368,16 +376,16 @@ fn server(
         server.add_service(service.map_err(|e| StartError::Io("runtime.threads", e))?);
     }
     if let Some(address) = egress {
-        let mut proxy = HttpProxy::new(Egress(shared.clone()), server.configuration.clone());
-        proxy.server_options = Some(door::server_options(shared.live.load().timeouts.keepalive));
-        proxy.handle_init_modules();
-        let door = egress::EgressDoor { proxy: Arc::new(proxy), address, shared: shared.clone() };
-        let listen = |service: &mut Service<Seat<egress::EgressDoor>>, address: &str| service.add_tcp(address);
+        let door = egress::EgressDoor { rules: Arc::new(Egress(shared.clone())), address, shared: shared.clone() };
+        let listen = |service: &mut Service<Seat<egress::EgressDoor>>, address: &str| {
+            let buffers = L4BufferSettings::unbuffered();
+            service.add_listener(ListenerConfig::tcp(address.to_owned()).l4_buffer(buffers));
+        };
         let name = format!("egress {address}");
         let service = Threads::new(name, address, door, listen, shared.threads.subscribe());
         server.add_service(service.map_err(|e| StartError::Io("runtime.threads", e))?);
     }
-    let mut keeper = background_service("nodes", NodeKeeper(nodes));
+    let mut keeper = background_service("nodes", NodeKeeper(shared.clone()));
     keeper.threads = Some(1);
     server.add_service(keeper);
     let mut service = Service::new("admin".to_owned(), admin::Admin { shared: shared.clone(), reloads });

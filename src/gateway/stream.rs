@@ -1,33 +1,27 @@
-//! A connection of another provider's server, after its handshake, as Pingora gets it: rustls over what Pingora accepted.
+//! A connection of another provider's server, after its handshake, as hyper gets it: rustls over what Pingora accepted.
 //!
-//! Pingora reads request heads with a time limit for each read and none for the whole, answers what is no HTTP with an
-//! empty page of its own, and closes a connection the moment it has answered. This stream mends the three. While an
-//! HTTP/1.1 head is being read it holds a clock and a bound for the whole head, and answers with our own documents; and
-//! where an answer went out before the request was all in, it reads on for a while before it closes, because to close on
-//! unread octets makes the kernel reset the connection and destroys the answer on its way.
+//! hyper reads request heads without a time limit for the whole, answers what is no HTTP with an empty page of its own, waits for
+//! ever for a client that does not read, and closes a connection the moment it has answered. This stream mends the four. While
+//! an HTTP/1.1 head is awaited it holds a clock and a bound for it, and answers with our own documents; a write that stands still
+//! has a clock; and where an answer went out before the request was all in, it reads on for a while before it closes, because to
+//! close on unread octets makes the kernel reset the connection and destroys the answer on its way.
 
 use super::frames::Frames;
 use super::live::ListenerTls;
 use crate::admission::PeerIdentity;
+use crate::config::Timeouts;
 use crate::problem::Refusal;
 use crate::tls;
-use async_trait::async_trait;
-use bytes::{Buf, Bytes, BytesMut};
-use pingora_core::protocols::l4::socket::SocketAddr as PingoraAddr;
-use pingora_core::protocols::raw_connect::ProxyDigest;
-use pingora_core::protocols::{
-    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID,
-    UniqueIDType,
-};
+use bytes::{Buf, Bytes};
 use prometheus::IntCounter;
 use rustls::pki_types::CertificateDer;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::Sleep;
@@ -36,17 +30,13 @@ use tokio::time::Sleep;
 const LONGEST: Duration = Duration::from_secs(366 * 86_400);
 
 /// Octets of a request head at most.
-const MAX_HEAD: usize = 64 * 1024;
+pub(super) const MAX_HEAD: usize = 64 * 1024;
 
 /// Octets that an HTTP/2 connection begins with (RFC 9113 §3.4): its preface and the head of a SETTINGS frame.
 const H2_PREFACE: usize = 24 + 9;
 
-/// Octets a read gives at most while a body is held back: see [`Connection::hold`].
-const HELD_READ: usize = 16 * 1024;
-
-/// Octets of an answer that wait for more of it, and as many as they go out with then: those of a TLS record.
-const JOINED: usize = 4 * 1024;
-const RECORD: usize = 16 * 1024;
+/// Octets that are read at once of what is not looked at.
+const LINGER_READ: usize = 16 * 1024;
 
 /// How long, and how long between two reads, an answered connection is read on.
 const LINGER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
@@ -79,12 +69,38 @@ pub(super) struct Connection {
     pub(super) tls: Option<Box<str>>,
     /// Tells that it has to end.
     cut: Notify,
-    reading_head: AtomicBool,
-    /// How many heads were awaited so far.
-    heads: AtomicUsize,
-    hold: AtomicBool,
+    /// How far an HTTP/1.1 connection is: see [`Phase`].
+    phase: AtomicU8,
+    /// For how long it may wait for a further request, in milliseconds.
+    keepalive: AtomicU64,
     linger: AtomicBool,
+    /// Requests under way on it, and all so far.
+    requests: AtomicUsize,
+    so_far: AtomicUsize,
     open: prometheus::IntGauge,
+}
+
+/// How far an HTTP/1.1 connection is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Phase {
+    /// The head of a request is awaited, or being read.
+    Head,
+    /// It is in.
+    Request,
+    /// All of the answer has been given to hyper, which has yet to write it out.
+    Answered,
+}
+
+/// A request under way on a connection.
+pub(super) struct OnIt(Arc<Connection>);
+
+impl Drop for OnIt {
+    fn drop(&mut self) {
+        self.0.requests.fetch_sub(1, Ordering::Relaxed);
+        // Of HTTP/1.1 there is one at a time.
+        self.0.set_phase(Phase::Answered);
+    }
 }
 
 impl Connection {
@@ -98,7 +114,6 @@ impl Connection {
         open: prometheus::IntGauge,
     ) -> Self {
         open.inc();
-        let off = || AtomicBool::new(false);
         let chain: Vec<_> =
             session.peer_certificates().unwrap_or_default().iter().map(|der| der.clone().into_owned()).collect();
         Self {
@@ -112,10 +127,11 @@ impl Connection {
             chain,
             tls: says_tls.then(|| negotiated(session).into()),
             cut: Notify::new(),
-            reading_head: off(),
-            heads: AtomicUsize::new(0),
-            hold: off(),
-            linger: off(),
+            phase: AtomicU8::new(Phase::Head as u8),
+            keepalive: AtomicU64::new(0),
+            linger: AtomicBool::new(false),
+            requests: AtomicUsize::new(0),
+            so_far: AtomicUsize::new(0),
             open,
         }
     }
@@ -123,7 +139,6 @@ impl Connection {
     /// A connection without TLS, of a node of this provider.
     pub(super) fn plain(client: SocketAddr, listener: SocketAddr, open: prometheus::IntGauge) -> Self {
         open.inc();
-        let off = || AtomicBool::new(false);
         Self {
             client,
             sni: None,
@@ -135,10 +150,11 @@ impl Connection {
             chain: vec![],
             tls: None,
             cut: Notify::new(),
-            reading_head: off(),
-            heads: AtomicUsize::new(0),
-            hold: off(),
-            linger: off(),
+            phase: AtomicU8::new(Phase::Head as u8),
+            keepalive: AtomicU64::new(0),
+            linger: AtomicBool::new(false),
+            requests: AtomicUsize::new(0),
+            so_far: AtomicUsize::new(0),
             open,
         }
     }
@@ -161,22 +177,36 @@ impl Connection {
         }
     }
 
-    /// The head of a request is awaited (HTTP/1.1).
-    pub(super) fn await_head(&self) {
+    fn phase(&self) -> Phase {
+        match self.phase.load(Ordering::Relaxed) {
+            head if head == Phase::Head as u8 => Phase::Head,
+            request if request == Phase::Request as u8 => Phase::Request,
+            _ => Phase::Answered,
+        }
+    }
+
+    fn set_phase(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    /// The head of a request is in; the connection may wait for so long for another, once this one is over.
+    pub(super) fn begin(self: &Arc<Self>, keepalive: Duration) -> OnIt {
         self.linger.store(false, Ordering::Relaxed);
-        self.heads.fetch_add(1, Ordering::Relaxed);
-        self.reading_head.store(!self.h2, Ordering::Relaxed);
+        self.keepalive.store(u64::try_from(keepalive.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.so_far.fetch_add(1, Ordering::Relaxed);
+        self.set_phase(Phase::Request);
+        OnIt(self.clone())
     }
 
-    /// The head of a request is in.
-    pub(super) fn head_is_in(&self) {
-        self.reading_head.store(false, Ordering::Relaxed);
+    /// How many requests there were on it.
+    pub(super) fn requests_so_far(&self) -> usize {
+        self.so_far.load(Ordering::Relaxed)
     }
 
-    /// Gives small reads while a body is held: Pingora's replay buffer has 64 KiB, and drops what it has without a word
-    /// when a read goes over that.
-    pub(super) fn hold(&self, hold: bool) {
-        self.hold.store(hold && !self.h2, Ordering::Relaxed);
+    /// Requests are under way on it.
+    pub(super) fn is_busy(&self) -> bool {
+        self.requests.load(Ordering::Relaxed) > 0
     }
 
     /// The answer is out before the request was in: read on before closing.
@@ -214,27 +244,62 @@ enum Head {
 }
 
 /// What the stream is over: TLS, or for the provider's own nodes on the loopback what Pingora accepted.
-pub(super) trait Transport: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static {}
+pub(super) trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 
-impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static> Transport for T {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Transport for T {}
+
+/// A clock that is wound as seldom as can be: most of what it is for comes long before.
+#[derive(Default)]
+struct Clock {
+    until: Option<Instant>,
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+impl Clock {
+    fn set(&mut self, until: Instant) {
+        self.until = Some(until);
+    }
+
+    fn is_set(&self) -> bool {
+        self.until.is_some()
+    }
+
+    fn stop(&mut self) {
+        self.until = None;
+    }
+
+    /// Whether its time has come; else the task is woken when it does.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(until) = self.until else { return Poll::Pending };
+        let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(until.into())));
+        loop {
+            if sleep.deadline() > until.into() {
+                sleep.as_mut().reset(until.into());
+            }
+            ready!(sleep.as_mut().poll(cx));
+            if Instant::now() >= until {
+                return Poll::Ready(());
+            }
+            // It was for something that has come since.
+            sleep.as_mut().reset(until.into());
+        }
+    }
+}
 
 /// The stream.
 pub(super) struct FederationStream<T: Transport> {
     inner: Option<T>,
-    /// Its descriptor.
-    id: UniqueIDType,
     connection: Arc<Connection>,
-    proxy_digest: Arc<ProxyDigest>,
-    socket_digest: Arc<SocketDigest>,
+    /// For a head; and until something of what is written is taken.
     head_timeout: Duration,
+    write_timeout: Duration,
     /// HTTP/2: its frames, and who is told that they are too many.
     frames: Option<(Frames, IntCounter)>,
-    clock: Option<Pin<Box<Sleep>>>,
+    /// For what is read.
+    clock: Clock,
+    /// For what is written.
+    write_clock: Clock,
     head: Head,
-    /// Which of the connection's heads this is about.
-    nth: usize,
-    /// What is written and waits to be sent.
-    waiting: BytesMut,
 }
 
 impl<T: Transport> std::fmt::Debug for FederationStream<T> {
@@ -266,30 +331,47 @@ fn plain(refusal: &Refusal) -> Bytes {
 impl<T: Transport> FederationStream<T> {
     pub(super) fn new(
         inner: T,
-        id: UniqueIDType,
         connection: Arc<Connection>,
-        head_timeout: Duration,
+        timeouts: &Timeouts,
         frames: Option<(Frames, IntCounter)>,
     ) -> Self {
-        // Pingora knows no per-connection data of ours, but passes this on to every request, over HTTP/2 too.
-        let response = Box::new(http::Response::new(()).into_parts().0.into());
-        let proxy_digest = Arc::new(ProxyDigest::new(response, Some(Box::new(connection.clone()))));
-        let socket_digest = SocketDigest::from_raw_fd(id);
-        // Known already: no getpeername for each request.
-        let _ = socket_digest.peer_addr.set(Some(PingoraAddr::Inet(connection.client)));
+        let mut clock = Clock::default();
+        clock.set(Instant::now() + timeouts.headers);
         Self {
             inner: Some(inner),
-            id,
             connection,
-            proxy_digest,
-            socket_digest: Arc::new(socket_digest),
-            head_timeout,
+            head_timeout: timeouts.headers,
+            write_timeout: timeouts.body_total,
             frames,
-            clock: Some(Box::pin(tokio::time::sleep(head_timeout))),
+            clock,
+            write_clock: Clock::default(),
             head: Head::Reading { octets: 0 },
-            nth: 1,
-            waiting: BytesMut::new(),
         }
+    }
+
+    /// A head is awaited.
+    fn awaits_head(&self) -> bool {
+        !self.connection.h2 && self.connection.phase() == Phase::Head
+    }
+
+    /// The whole of an answer is written out: the head of another request is awaited, for as long as the connection is kept.
+    fn await_head(&mut self) {
+        self.connection.set_phase(Phase::Head);
+        self.head = Head::Reading { octets: 0 };
+        self.clock.set(Instant::now() + Duration::from_millis(self.connection.keepalive.load(Ordering::Relaxed)));
+    }
+
+    /// What comes of a write: one that stands still has its time.
+    fn timed<R>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<R>>) -> Poll<io::Result<R>> {
+        if written.is_ready() {
+            self.write_clock.stop();
+            return written;
+        }
+        if !self.write_clock.is_set() {
+            self.write_clock.set(Instant::now() + self.write_timeout);
+        }
+        ready!(self.write_clock.poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 
     fn count(&mut self, written: usize) {
@@ -300,44 +382,8 @@ impl<T: Transport> FederationStream<T> {
 
     fn refuse(&mut self, refusal: &Refusal) {
         self.connection.linger();
-        self.clock = None;
+        self.clock.stop();
         self.head = Head::Refusing { answer: plain(refusal) };
-    }
-
-    /// Has octets of an answer wait for more of it: Pingora flushes where there is no more, or none that is known to come, so
-    /// that a head goes out with its body, in one record and one send (HTTP/1.1).
-    fn poll_join(&mut self, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        if self.waiting.len() + buf.len() > JOINED {
-            let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
-            if self.waiting.is_empty() {
-                return Pin::new(inner).poll_write(cx, buf);
-            }
-            // What waits fills a record with what follows it.
-            if self.waiting.len() < RECORD {
-                let fits = buf.get(..RECORD - self.waiting.len()).unwrap_or(buf);
-                self.waiting.extend_from_slice(fits);
-                return Poll::Ready(Ok(fits.len()));
-            }
-            ready!(self.poll_send_waiting(cx))?;
-            return self.poll_join(cx, buf);
-        }
-        self.waiting.extend_from_slice(buf);
-        Poll::Ready(Ok(buf.len()))
-    }
-
-    /// Sends what waits.
-    fn poll_send_waiting(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while !self.waiting.is_empty() {
-            let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
-            let written = ready!(Pin::new(inner).poll_write(cx, &self.waiting))?;
-            if written == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-            }
-            self.waiting.advance(written);
-        }
-        // Idle connections are many.
-        self.waiting = BytesMut::new();
-        Poll::Ready(Ok(()))
     }
 
     /// Drives an own answer out.
@@ -360,7 +406,7 @@ impl<T: Transport> FederationStream<T> {
     /// A read of an HTTP/2 connection, whose frames are counted.
     fn poll_read_frames(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        if self.clock.is_some() {
+        if self.clock.is_set() {
             ready!(self.poll_read_preface(cx, buf))?;
         } else {
             let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
@@ -378,7 +424,7 @@ impl<T: Transport> FederationStream<T> {
         Poll::Ready(Ok(()))
     }
 
-    /// A read while an HTTP/2 connection has yet to begin: Pingora waits for that without a clock.
+    /// A read while an HTTP/2 connection has yet to begin: hyper waits for that without a clock.
     fn poll_read_preface(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
@@ -387,24 +433,17 @@ impl<T: Transport> FederationStream<T> {
                 let read = buf.filled().len() - before;
                 match &mut self.head {
                     Head::Reading { octets } if *octets + read < H2_PREFACE => *octets += read,
-                    _ => self.clock = None,
+                    _ => self.clock.stop(),
                 }
                 Poll::Ready(Ok(()))
             }
-            Poll::Pending => match self.clock.as_mut().map(|clock| clock.as_mut().poll(cx)) {
-                Some(Poll::Ready(())) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
-                _ => Poll::Pending,
-            },
+            Poll::Pending => self.clock.poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into())),
         }
     }
 
     /// A read while a head is awaited: within its time, within its bound. The first head's time began with the
     /// connection, a later one's begins with its first octet.
     fn poll_read_head(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let nth = self.connection.heads.load(Ordering::Relaxed);
-        if nth != self.nth && matches!(self.head, Head::Reading { .. }) {
-            (self.nth, self.clock, self.head) = (nth, None, Head::Reading { octets: 0 });
-        }
         loop {
             match &mut self.head {
                 Head::Refused => return Poll::Ready(Ok(())),
@@ -414,26 +453,28 @@ impl<T: Transport> FederationStream<T> {
                     let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
                     match Pin::new(inner).poll_read(cx, buf)? {
                         Poll::Ready(()) => {
+                            let first = *octets == 0;
                             *octets += buf.filled().len() - before;
                             if *octets <= MAX_HEAD {
+                                // Most heads come whole, and need no clock.
+                                if first && self.connection.keepalive.load(Ordering::Relaxed) > 0 {
+                                    self.clock.stop();
+                                }
                                 return Poll::Ready(Ok(()));
                             }
                             buf.set_filled(before);
                             self.refuse(&Refusal::BadHttp("the request head is larger than 64 KiB"));
                         }
                         Poll::Pending => {
-                            // Most heads come whole, and need no clock.
-                            if *octets > 0 && self.clock.is_none() {
-                                self.clock = Some(Box::pin(tokio::time::sleep(self.head_timeout)));
+                            if *octets > 0 && !self.clock.is_set() {
+                                self.clock.set(Instant::now() + self.head_timeout);
                             }
-                            let late = self.clock.as_mut().map(|clock| clock.as_mut().poll(cx));
-                            match late {
-                                Some(Poll::Ready(())) if *octets == 0 => {
-                                    // Nothing was asked, so nothing is answered.
-                                    self.head = Head::Refused;
-                                }
-                                Some(Poll::Ready(())) => self.refuse(&Refusal::TooSlow),
-                                _ => return Poll::Pending,
+                            ready!(self.clock.poll(cx));
+                            if *octets == 0 {
+                                // Nothing was asked, so nothing is answered.
+                                self.head = Head::Refused;
+                            } else {
+                                self.refuse(&Refusal::TooSlow);
                             }
                         }
                     }
@@ -446,64 +487,22 @@ impl<T: Transport> FederationStream<T> {
 impl<T: Transport> AsyncRead for FederationStream<T> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if this.connection.reading_head.load(Ordering::Relaxed) {
+        if this.awaits_head() {
             return this.poll_read_head(cx, buf);
         }
         if this.connection.h2 {
             return this.poll_read_frames(cx, buf);
         }
-        let Some(inner) = this.inner.as_mut() else { return Poll::Ready(Err(closed())) };
-        if !this.connection.hold.load(Ordering::Relaxed) || buf.remaining() <= HELD_READ {
-            return Pin::new(inner).poll_read(cx, buf);
+        match this.inner.as_mut() {
+            Some(inner) => Pin::new(inner).poll_read(cx, buf),
+            None => Poll::Ready(Err(closed())),
         }
-        let mut small = ReadBuf::new(buf.initialize_unfilled_to(HELD_READ));
-        ready!(Pin::new(inner).poll_read(cx, &mut small))?;
-        let read = small.filled().len();
-        buf.advance(read);
-        Poll::Ready(Ok(()))
     }
 }
 
 impl<T: Transport> AsyncWrite for FederationStream<T> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        // What is written before a head was in is Pingora's page for what it could not read.
-        if this.connection.reading_head.load(Ordering::Relaxed) {
-            if matches!(this.head, Head::Reading { .. }) {
-                this.refuse(&Refusal::BadHttp("the request head cannot be read, or its fields are too many"));
-            }
-            ready!(this.poll_refusing(cx))?;
-            return Poll::Ready(Ok(buf.len()));
-        }
-        if !this.connection.h2 {
-            return this.poll_join(cx, buf);
-        }
-        match this.inner.as_mut() {
-            Some(inner) => {
-                let written = ready!(Pin::new(inner).poll_write(cx, buf))?;
-                this.count(written);
-                Poll::Ready(Ok(written))
-            }
-            None => Poll::Ready(Err(closed())),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        ready!(this.poll_send_waiting(cx))?;
-        match this.inner.as_mut() {
-            Some(inner) => Pin::new(inner).poll_flush(cx),
-            None => Poll::Ready(Err(closed())),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        ready!(this.poll_send_waiting(cx))?;
-        match this.inner.as_mut() {
-            Some(inner) => Pin::new(inner).poll_shutdown(cx),
-            None => Poll::Ready(Ok(())),
-        }
+        self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
     }
 
     fn poll_write_vectored(
@@ -512,21 +511,43 @@ impl<T: Transport> AsyncWrite for FederationStream<T> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        match this.inner.as_mut() {
-            Some(inner) if this.connection.h2 && !this.connection.reading_head.load(Ordering::Relaxed) => {
-                let written = ready!(Pin::new(inner).poll_write_vectored(cx, bufs))?;
-                this.count(written);
-                Poll::Ready(Ok(written))
+        // What is written before a head was in is hyper's page for what it could not read.
+        if this.awaits_head() {
+            if matches!(this.head, Head::Reading { .. }) {
+                this.refuse(&Refusal::BadHttp("the request head cannot be read, or its fields are too many"));
             }
-            _ => {
-                let first = bufs.iter().find(|buf| !buf.is_empty()).map_or(&[][..], |buf| &**buf);
-                Pin::new(this).poll_write(cx, first)
-            }
+            let refusing = this.poll_refusing(cx);
+            ready!(this.timed(cx, refusing))?;
+            return Poll::Ready(Ok(bufs.iter().map(|buf| buf.len()).sum()));
         }
+        let Some(inner) = this.inner.as_mut() else { return Poll::Ready(Err(closed())) };
+        let written = Pin::new(inner).poll_write_vectored(cx, bufs);
+        let written = ready!(this.timed(cx, written))?;
+        this.count(written);
+        Poll::Ready(Ok(written))
     }
 
     fn is_write_vectored(&self) -> bool {
         true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let Some(inner) = this.inner.as_mut() else { return Poll::Ready(Err(closed())) };
+        let flushed = Pin::new(inner).poll_flush(cx);
+        ready!(this.timed(cx, flushed))?;
+        // hyper has written all that it was given before it flushes.
+        if !this.connection.h2 && this.connection.phase() == Phase::Answered {
+            this.await_head();
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let Some(inner) = this.inner.as_mut() else { return Poll::Ready(Ok(())) };
+        let shut = Pin::new(inner).poll_shutdown(cx);
+        this.timed(cx, shut)
     }
 }
 
@@ -556,50 +577,8 @@ async fn linger(mut stream: impl Transport) {
         if stream.shutdown().await.is_err() {
             return;
         }
-        let mut nothing = vec![0; HELD_READ];
+        let mut nothing = vec![0; LINGER_READ];
         while let Ok(Ok(1..)) = tokio::time::timeout(idle, stream.read(&mut nothing)).await {}
     })
     .await;
 }
-
-// === What Pingora asks of a stream ===
-
-#[async_trait]
-impl<T: Transport> Shutdown for FederationStream<T> {
-    async fn shutdown(&mut self) {
-        let _ = tokio::time::timeout(LINGER.1, tokio::io::AsyncWriteExt::shutdown(self)).await;
-    }
-}
-
-impl<T: Transport> UniqueID for FederationStream<T> {
-    fn id(&self) -> UniqueIDType {
-        self.id
-    }
-}
-
-impl<T: Transport> Ssl for FederationStream<T> {
-    fn selected_alpn_proto(&self) -> Option<ALPN> {
-        Some(if self.connection.h2 { ALPN::H2 } else { ALPN::H1 })
-    }
-}
-
-impl<T: Transport> GetTimingDigest for FederationStream<T> {
-    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
-        vec![]
-    }
-}
-
-impl<T: Transport> GetProxyDigest for FederationStream<T> {
-    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
-        Some(self.proxy_digest.clone())
-    }
-}
-
-impl<T: Transport> GetSocketDigest for FederationStream<T> {
-    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
-        Some(self.socket_digest.clone())
-    }
-}
-
-#[async_trait]
-impl<T: Transport> Peek for FederationStream<T> {}

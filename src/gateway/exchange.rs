@@ -1,0 +1,448 @@
+//! A request from its head to the end of its answer, for either door. The order of the steps is here, and what a door does in
+//! each is its [`Rules`]: what it admits, where that goes next, with what head, what of the answer passes, and what is noted.
+//!
+//! An answer is a body that hyper asks for its octets: as it does so the node's are read, and the request's own body is moved on.
+//! Whatever ends a request early (its client, its connection, a deadline) drops it, and with it what was held for it.
+
+use super::Shared;
+use super::answer;
+use super::session::{Session, Upload};
+use super::stream::{Connection, OnIt};
+use crate::forward::{ConnectError, Error, Exchange, Head, Peer, Source as _, Stop};
+use crate::problem::Refusal;
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, Version, header, response};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use std::cell::Cell;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+use tokio::time::Sleep;
+
+/// Places that are tried at most.
+const MOST_TRIES: usize = 17;
+
+/// What is to be done with a request that has failed.
+pub(super) enum Failed {
+    /// It is asked where it may go next.
+    Again,
+    /// This is answered.
+    Refuse(Refusal),
+    /// Nobody is there to be answered.
+    Abort,
+}
+
+/// How far a request was when it failed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Way {
+    /// All of its body had come.
+    pub(super) body_was_in: bool,
+    /// It can be sent again from its beginning.
+    pub(super) can_be_sent_again: bool,
+}
+
+/// What a door does with requests.
+pub(super) trait Rules: Send + Sync + Sized + 'static {
+    /// What is kept of a request while it is under way.
+    type Ctx: Ctx;
+
+    /// What all requests share.
+    fn shared(&self) -> &Arc<Shared>;
+
+    /// A request whose head is in.
+    fn begin(&self, session: &Session) -> Self::Ctx;
+
+    /// Decides: an answer of the gateway's own, or none, and it goes on.
+    fn admit(
+        &self,
+        session: &mut Session,
+        ctx: &mut Self::Ctx,
+    ) -> impl Future<Output = Result<Option<Response<Bytes>>, Refusal>> + Send;
+
+    /// What is sent, wherever it goes.
+    fn head(&self, session: &mut Session, ctx: &mut Self::Ctx) -> Result<Head, Refusal>;
+
+    /// Where it goes next.
+    fn peer(&self, session: &Session, ctx: &mut Self::Ctx) -> impl Future<Output = Result<Peer, Refusal>> + Send;
+
+    /// There is no connection. None: another place is asked for.
+    fn unconnected(&self, error: &ConnectError, ctx: &mut Self::Ctx) -> Option<Refusal>;
+
+    /// There is one, `kept` from before or not; the next thing is to send.
+    fn connected(&self, kept: bool, ctx: &mut Self::Ctx);
+
+    /// There is no answer.
+    fn failed(&self, error: Error, way: Way, ctx: &mut Self::Ctx) -> Failed;
+
+    /// The head of an answer is there.
+    fn answered(&self, head: &mut response::Parts, ctx: &mut Self::Ctx) -> Result<(), Refusal>;
+
+    /// More of an answer's body is.
+    fn pass(&self, octets: usize, ctx: &mut Self::Ctx) -> Result<(), Refusal>;
+
+    /// Whether trailers of an answer do.
+    fn passes_trailers(&self, ctx: &Self::Ctx) -> bool;
+
+    /// A refusal is what is answered.
+    fn refused(&self, refusal: &Refusal, ctx: &mut Self::Ctx);
+}
+
+/// What a door keeps of a request. Dropped, it is accounted for.
+pub(super) trait Ctx: Send + Sync + 'static {
+    /// What follows on the connection cannot be told from this request: it ends with the answer.
+    fn broken(&self) -> bool;
+    /// For how long its connection may wait for another.
+    fn keepalive(&self) -> Duration;
+    /// For how long its body may stand still.
+    fn idle(&self) -> Duration;
+    /// For how long a client may not read.
+    fn patience(&self) -> Duration;
+    /// The answer has this status.
+    fn status(&mut self, status: StatusCode);
+    /// Octets of its body that came, and of the answer's that went.
+    fn octets(&mut self, came: u64, went: u64);
+    /// It did not come to its end: nobody was there any more, or the answer broke off. `refusal` is what would have been
+    /// answered.
+    fn aborted(&mut self, refusal: Option<&Refusal>);
+}
+
+/// The client has gone, or an answer cannot be had for it: its connection, or its stream, ends.
+#[derive(Debug, thiserror::Error)]
+#[error("there is nobody to answer, or nothing")]
+pub(super) struct Gone;
+
+/// Answers a request.
+pub(super) async fn serve<R: Rules>(
+    rules: Arc<R>,
+    request: Request<Incoming>,
+    connection: Arc<Connection>,
+) -> Result<Response<Answer<R>>, Gone> {
+    let mut session = Session::new(request, connection);
+    let ctx = rules.begin(&session);
+    let on_it = session.connection.begin(ctx.keepalive());
+    let mut under_way = Box::new(UnderWay { rules, ctx, exchange: None, peer: None, went: 0, _on_it: on_it });
+    let UnderWay { rules, ctx, .. } = &mut *under_way;
+    match rules.admit(&mut session, ctx).await {
+        Ok(None) => forward(session, under_way).await,
+        Ok(Some(own)) => Ok(own_answer(&session, under_way, own)),
+        Err(refusal) => Ok(refuse(&session, under_way, &refusal)),
+    }
+}
+
+async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>) -> Result<Response<Answer<R>>, Gone> {
+    let head = match under_way.rules.head(&mut session, &mut under_way.ctx) {
+        Ok(head) => head,
+        Err(refusal) => return Ok(refuse(&session, under_way, &refusal)),
+    };
+    for _ in 0..MOST_TRIES {
+        let UnderWay { rules, ctx, .. } = &mut *under_way;
+        let peer = match rules.peer(&session, ctx).await {
+            Ok(peer) => peer,
+            Err(refusal) => return Ok(refuse(&session, under_way, &refusal)),
+        };
+        let (link, kept) = match rules.shared().clients.link(&peer).await {
+            Ok(link) => link,
+            Err(e) => match rules.unconnected(&e, ctx) {
+                Some(refusal) => return Ok(refuse(&session, under_way, &refusal)),
+                None => continue,
+            },
+        };
+        rules.connected(kept, ctx);
+        let upload = session.upload(ctx.idle());
+        // What is read of it from now on is on its way.
+        let exchange = under_way.exchange.insert(link.begin(kept, &head, upload, peer.times));
+        let answered = std::future::poll_fn(|cx| exchange.poll_head(cx)).await;
+        let body_was_in = exchange.source().is_done();
+        match answered {
+            Ok(answer) => {
+                under_way.peer = Some(peer);
+                return Ok(pass_on(&session, under_way, answer, body_was_in));
+            }
+            Err(e) => {
+                let Some(exchange) = under_way.exchange.take() else { break };
+                let can_be_sent_again = session.take_back(exchange.into_source());
+                let way = Way { body_was_in, can_be_sent_again };
+                let UnderWay { rules, ctx, .. } = &mut *under_way;
+                match rules.failed(e, way, ctx) {
+                    Failed::Again if can_be_sent_again => {}
+                    Failed::Refuse(refusal) => return Ok(refuse(&session, under_way, &refusal)),
+                    Failed::Again => return Ok(refuse(&session, under_way, &Refusal::BadGateway)),
+                    Failed::Abort => {
+                        under_way.ctx.octets(session.came(), 0);
+                        under_way.ctx.aborted(None);
+                        return Err(Gone);
+                    }
+                }
+            }
+        }
+    }
+    Ok(refuse(&session, under_way, &Refusal::BadGateway))
+}
+
+/// The answer of whom the request went to.
+fn pass_on<R: Rules>(
+    session: &Session,
+    mut under_way: Box<UnderWay<R>>,
+    mut head: response::Parts,
+    body_is_in: bool,
+) -> Response<Answer<R>> {
+    let UnderWay { rules, ctx, .. } = &mut *under_way;
+    if let Err(refusal) = rules.answered(&mut head, ctx) {
+        under_way.exchange = None;
+        return refuse(session, under_way, &refusal);
+    }
+    ctx.status(head.status);
+    let draining = rules.shared().draining.load(Ordering::Relaxed);
+    if !body_is_in {
+        // The answer must arrive, though the body is not in.
+        session.connection.linger();
+    }
+    end_with(&mut head, session, draining || !body_is_in);
+    let length = head.headers.get(header::CONTENT_LENGTH);
+    let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
+    let is_over = under_way.exchange.as_ref().is_none_or(Exchange::is_answered);
+    if is_over {
+        under_way.end();
+        return Response::from_parts(head, Answer::over(under_way));
+    }
+    Response::from_parts(head, Answer { under_way: Some(under_way), what: What::Passes { length } })
+}
+
+/// A refusal, as an answer.
+fn refuse<R: Rules>(session: &Session, mut under_way: Box<UnderWay<R>>, refusal: &Refusal) -> Response<Answer<R>> {
+    let UnderWay { rules, ctx, .. } = &mut *under_way;
+    rules.refused(refusal, ctx);
+    own_answer(session, under_way, answer::refusal(refusal))
+}
+
+/// An answer of the gateway's own. Where octets of the request are still to come, or cannot be told from the next one's, the
+/// connection ends with it.
+fn own_answer<R: Rules>(
+    session: &Session,
+    mut under_way: Box<UnderWay<R>>,
+    own: Response<Bytes>,
+) -> Response<Answer<R>> {
+    let (mut head, body) = own.into_parts();
+    let UnderWay { rules, ctx, .. } = &mut *under_way;
+    ctx.octets(session.came(), 0);
+    ctx.status(head.status);
+    let cut_short = ctx.broken() || !session.body_is_in();
+    if cut_short {
+        session.connection.linger();
+    }
+    let draining = rules.shared().draining.load(Ordering::Relaxed);
+    end_with(&mut head, session, cut_short || draining);
+    head.headers.insert(header::CONTENT_LENGTH, body.len().into());
+    // The answer to HEAD says how long it would be, and that is all (RFC 9110 §9.3.2).
+    if session.head.method == Method::HEAD || body.is_empty() {
+        return Response::from_parts(head, Answer::over(under_way));
+    }
+    Response::from_parts(head, Answer { under_way: Some(under_way), what: What::Own(body) })
+}
+
+/// Says so where the connection ends with this answer. HTTP/2 has its own ways.
+fn end_with(head: &mut response::Parts, session: &Session, ends: bool) {
+    if ends && session.head.version < Version::HTTP_2 {
+        head.headers.insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+    }
+}
+
+/// What is under way.
+struct UnderWay<R: Rules> {
+    rules: Arc<R>,
+    ctx: R::Ctx,
+    exchange: Option<Exchange<Upload>>,
+    peer: Option<Peer>,
+    went: u64,
+    _on_it: OnIt,
+}
+
+impl<R: Rules> UnderWay<R> {
+    /// The answer is over: its connection may have another request.
+    fn end(&mut self) {
+        if let Some(exchange) = self.exchange.take() {
+            self.ctx.octets(exchange.source().came(), self.went);
+            if let Some(peer) = &self.peer {
+                self.rules.shared().clients.keep(peer, exchange);
+            }
+        }
+    }
+
+    /// The answer breaks off.
+    fn break_off(&mut self, refusal: Option<&Refusal>) {
+        if let Some(exchange) = self.exchange.take() {
+            self.ctx.octets(exchange.source().came(), self.went);
+        }
+        self.ctx.aborted(refusal);
+    }
+}
+
+impl<R: Rules> Drop for UnderWay<R> {
+    fn drop(&mut self) {
+        // Dropped on the way.
+        if let Some(exchange) = &self.exchange {
+            self.ctx.octets(exchange.source().came(), self.went);
+        }
+    }
+}
+
+/// An answer's body.
+pub(super) struct Answer<R: Rules> {
+    /// None: it is over.
+    under_way: Option<Box<UnderWay<R>>>,
+    what: What,
+}
+
+enum What {
+    /// The gateway's own, still to go.
+    Own(Bytes),
+    /// The other side's, of so many octets if that is known.
+    Passes {
+        length: Option<u64>,
+    },
+    Over,
+}
+
+impl<R: Rules> Answer<R> {
+    /// One without a body.
+    fn over(under_way: Box<UnderWay<R>>) -> Self {
+        drop(under_way);
+        Self { under_way: None, what: What::Over }
+    }
+
+    fn poll_passing(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Gone>>> {
+        let Some(under_way) = &mut self.under_way else { return Poll::Ready(None) };
+        let Some(exchange) = &mut under_way.exchange else { return Poll::Ready(None) };
+        let frame = match ready!(exchange.poll_frame(cx)) {
+            // They come last.
+            Some(Ok(frame)) if frame.is_trailers() && !under_way.rules.passes_trailers(&under_way.ctx) => None,
+            frame => frame,
+        };
+        let refusal = match frame {
+            Some(Ok(frame)) => {
+                let octets = frame.data_ref().map_or(0, Bytes::len);
+                let is_over = exchange.is_answered();
+                under_way.went += octets as u64;
+                let UnderWay { rules, ctx, .. } = &mut **under_way;
+                match rules.pass(octets, ctx) {
+                    Ok(()) => {
+                        if is_over {
+                            under_way.end();
+                            self.under_way = None;
+                            self.what = What::Over;
+                        }
+                        return Poll::Ready(Some(Ok(frame)));
+                    }
+                    Err(refusal) => Some(refusal),
+                }
+            }
+            None => {
+                under_way.end();
+                self.under_way = None;
+                self.what = What::Over;
+                return Poll::Ready(None);
+            }
+            Some(Err(Error::ReadTimedOut | Error::WriteTimedOut)) => Some(Refusal::GatewayTimeout),
+            Some(Err(Error::Stopped(Stop { gone: true, .. }))) => None,
+            Some(Err(Error::Stopped(stop))) => Some(stop.refusal),
+            Some(Err(_)) => Some(Refusal::BadGateway),
+        };
+        // Half an answer cannot be mended; the client sees that it is cut short.
+        under_way.break_off(refusal.as_ref());
+        self.under_way = None;
+        self.what = What::Over;
+        Poll::Ready(Some(Err(Gone)))
+    }
+}
+
+impl<R: Rules> Drop for Answer<R> {
+    fn drop(&mut self) {
+        if let (What::Passes { .. }, Some(under_way)) = (&self.what, &mut self.under_way) {
+            under_way.break_off(None);
+        }
+    }
+}
+
+impl<R: Rules> Body for Answer<R> {
+    type Data = Bytes;
+    type Error = Gone;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Gone>>> {
+        let this = self.get_mut();
+        match &mut this.what {
+            What::Own(body) => {
+                let body = std::mem::take(body);
+                let patience = this.under_way.as_ref().map(|under_way| under_way.ctx.patience());
+                DEADLINE.set(patience.map(|patience| Instant::now() + patience));
+                this.what = What::Over;
+                this.under_way = None;
+                Poll::Ready(Some(Ok(Frame::data(body))))
+            }
+            What::Passes { .. } => {
+                // From here on it is the client that is waited for; until here it was the other side, which has a clock.
+                let patience = this.under_way.as_ref().map(|under_way| under_way.ctx.patience());
+                let frame = this.poll_passing(cx);
+                DEADLINE.set(patience.filter(|_| frame.is_ready()).map(|patience| Instant::now() + patience));
+                frame
+            }
+            What::Over => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self.what, What::Over)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.what {
+            What::Own(body) => SizeHint::with_exact(body.len() as u64),
+            What::Passes { length: Some(length) } => SizeHint::with_exact(*length),
+            What::Passes { length: None } => SizeHint::default(),
+            What::Over => SizeHint::with_exact(0),
+        }
+    }
+}
+
+thread_local! {
+    /// Until when the answer that is polled on this thread may wait for its client.
+    static DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+/// A stream of HTTP/2, which ends when its client does not read what it is answered: hyper waits for that without a clock, and
+/// what is held for the answer would be held as long.
+pub(super) struct Patient<F> {
+    inner: F,
+    deadline: Option<Instant>,
+    clock: Option<Pin<Box<Sleep>>>,
+}
+
+impl<F> Patient<F> {
+    pub(super) fn new(inner: F) -> Self {
+        Self { inner, deadline: None, clock: None }
+    }
+}
+
+impl<F: Future<Output = ()> + Unpin> Future for Patient<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self.get_mut();
+        DEADLINE.set(this.deadline);
+        let polled = Pin::new(&mut this.inner).poll(cx);
+        this.deadline = DEADLINE.take();
+        if polled.is_ready() {
+            return Poll::Ready(());
+        }
+        let Some(deadline) = this.deadline else { return Poll::Pending };
+        let clock = this.clock.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline.into())));
+        loop {
+            ready!(clock.as_mut().poll(cx));
+            if Instant::now() >= deadline {
+                return Poll::Ready(());
+            }
+            clock.as_mut().reset(deadline.into());
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! A request that has come in, as both doors see it: its head, and its body as far as it has come.
+//!
+//! What is read of a body before the decision is held here and sent first; the rest goes on as it comes ([`Upload`]), within its
+//! bound and its times.
+
+use super::stream::Connection;
+use crate::forward::{Source, Stop};
+use crate::problem::Refusal;
+use bytes::Bytes;
+use http::request::Parts;
+use http::{Request, Version, header};
+use hyper::body::{Body as _, Incoming};
+use std::error::Error as _;
+use std::io::ErrorKind;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+use tokio::time::Sleep;
+
+/// A body's bounds: of octets, and of time.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Body {
+    bound: u64,
+    passed: u64,
+    until: Instant,
+}
+
+impl Body {
+    /// A body of at most `bound` octets, all of it within `total`.
+    pub(super) fn new(bound: u64, total: Duration) -> Self {
+        Self { bound, passed: 0, until: Instant::now() + total }
+    }
+
+    /// Octets it may have.
+    pub(super) fn bound(&self) -> u64 {
+        self.bound
+    }
+
+    /// Some of it passes.
+    fn pass(&mut self, octets: usize) -> Result<(), Refusal> {
+        self.passed = self.passed.saturating_add(octets as u64);
+        if self.passed > self.bound { Err(Refusal::TooLarge) } else { Ok(()) }
+    }
+}
+
+/// A request that has come in.
+pub(super) struct Session {
+    pub(super) head: Parts,
+    pub(super) connection: Arc<Connection>,
+    /// What holds for its body.
+    pub(super) body: Body,
+    /// The rest of its body; none: all of it has come.
+    rest: Option<Incoming>,
+    /// What has come of it, and is held.
+    held: Bytes,
+    came: u64,
+}
+
+impl Session {
+    pub(super) fn new(request: Request<Incoming>, connection: Arc<Connection>) -> Self {
+        let (head, body) = request.into_parts();
+        let rest = Some(body).filter(|body| !body.is_end_stream());
+        Self { head, connection, body: Body::new(0, Duration::ZERO), rest, held: Bytes::new(), came: 0 }
+    }
+
+    /// All of its body has come.
+    pub(super) fn body_is_in(&self) -> bool {
+        self.rest.is_none()
+    }
+
+    /// Octets of its body that have come.
+    pub(super) fn came(&self) -> u64 {
+        self.came
+    }
+
+    /// "HTTP/2" or "HTTP/1.1".
+    pub(super) fn http(&self) -> &'static str {
+        if self.head.version == Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" }
+    }
+
+    /// More of its body, which is then for the caller to hold. None: that was all of it.
+    pub(super) fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
+        let chunk = ready!(poll_rest(&mut self.rest, cx));
+        if let Some(Ok(chunk)) = &chunk {
+            self.came += chunk.len() as u64;
+        }
+        Poll::Ready(chunk)
+    }
+
+    /// These octets came before all others, and are to be sent on.
+    pub(super) fn hold(&mut self, octets: Bytes) {
+        self.held = octets;
+    }
+
+    /// The body, to be sent on from its beginning. `idle` is how long more of it may take to come.
+    pub(super) fn upload(&mut self, idle: Duration) -> Upload {
+        let rest = self.rest.take();
+        let declared = self.head.headers.get(header::CONTENT_LENGTH);
+        let length = match &rest {
+            None => Some(self.held.len() as u64),
+            Some(_) => declared.and_then(|length| length.to_str().ok()?.parse().ok()),
+        };
+        let held = Some(self.held.clone()).filter(|held| !held.is_empty());
+        Upload { held, rest, length, body: self.body, idle, waiting: None, clock: None, came: self.came, taken: false }
+    }
+
+    /// Takes a body back, to be sent from its beginning again; false: some of it is not held any more.
+    pub(super) fn take_back(&mut self, upload: Upload) -> bool {
+        self.came = upload.came;
+        self.rest = upload.rest;
+        !upload.taken
+    }
+}
+
+/// More of what comes. An empty piece is none.
+fn poll_rest(rest: &mut Option<Incoming>, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
+    loop {
+        let Some(body) = rest else { return Poll::Ready(None) };
+        let frame = ready!(Pin::new(&mut *body).poll_frame(cx));
+        let ends = body.is_end_stream();
+        match frame {
+            Some(Ok(frame)) => {
+                if ends {
+                    *rest = None;
+                }
+                // Trailers say nothing that anybody has checked.
+                if let Ok(data) = frame.into_data()
+                    && !data.is_empty()
+                {
+                    return Poll::Ready(Some(Ok(data)));
+                }
+            }
+            Some(Err(e)) => {
+                *rest = None;
+                return Poll::Ready(Some(Err(stop(&e))));
+            }
+            None => *rest = None,
+        }
+    }
+}
+
+/// Why a body has broken off.
+fn stop(e: &hyper::Error) -> Stop {
+    let refusal = Refusal::BadHttp("the body's framing is wrong, or it broke off");
+    let mut gone = e.is_incomplete_message() || e.is_closed() || e.is_canceled();
+    let mut source = e.source();
+    while let Some(cause) = source {
+        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
+            gone |= !matches!(io.kind(), ErrorKind::InvalidInput | ErrorKind::InvalidData | ErrorKind::Other);
+        }
+        if let Some(h2) = cause.downcast_ref::<h2::Error>() {
+            gone |= h2.is_reset() || h2.is_io() || h2.is_go_away();
+        }
+        source = cause.source();
+    }
+    Stop { refusal, broken: true, gone }
+}
+
+/// A request's body on its way.
+pub(super) struct Upload {
+    held: Option<Bytes>,
+    rest: Option<Incoming>,
+    length: Option<u64>,
+    body: Body,
+    idle: Duration,
+    /// Since when more of it is awaited.
+    waiting: Option<Instant>,
+    clock: Option<Pin<Box<Sleep>>>,
+    came: u64,
+    /// Some of what is not held has been given out.
+    taken: bool,
+}
+
+impl Upload {
+    /// Octets of it that have come.
+    pub(super) fn came(&self) -> u64 {
+        self.came
+    }
+
+    /// When it, or more of it, is late.
+    fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let since = *self.waiting.get_or_insert_with(Instant::now);
+        let late = (since + self.idle).min(self.body.until);
+        let clock = self.clock.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(late.into())));
+        loop {
+            // One that was set for less than this is set again when it is over.
+            if clock.deadline() > late.into() {
+                clock.as_mut().reset(late.into());
+            }
+            ready!(clock.as_mut().poll(cx));
+            if Instant::now() >= late {
+                return Poll::Ready(());
+            }
+            clock.as_mut().reset(late.into());
+        }
+    }
+}
+
+impl Source for Upload {
+    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
+        let chunk = match self.held.take() {
+            Some(held) => Some(Ok(held)),
+            None => match poll_rest(&mut self.rest, cx) {
+                Poll::Pending => {
+                    ready!(self.poll_late(cx));
+                    self.rest = None;
+                    return Poll::Ready(Some(Err(Refusal::TooSlow.into())));
+                }
+                Poll::Ready(chunk) => {
+                    self.waiting = None;
+                    if let Some(Ok(chunk)) = &chunk {
+                        self.taken = true;
+                        self.came += chunk.len() as u64;
+                    }
+                    chunk
+                }
+            },
+        };
+        Poll::Ready(match chunk {
+            Some(Ok(chunk)) => match self.body.pass(chunk.len()) {
+                Ok(()) => Some(Ok(chunk)),
+                Err(refusal) => Some(Err(refusal.into())),
+            },
+            other => other,
+        })
+    }
+
+    fn length(&self) -> Option<u64> {
+        self.length
+    }
+
+    fn is_done(&self) -> bool {
+        self.held.is_none() && self.rest.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bodies_have_a_bound() {
+        let mut body = Body::new(10, Duration::from_secs(60));
+        assert_eq!(body.pass(10), Ok(()));
+        assert_eq!(body.pass(1), Err(Refusal::TooLarge));
+    }
+}
