@@ -249,7 +249,32 @@ impl Admission {
         }
         let mut outcomes = Outcomes::new();
         let ask = Ask { checks: &asked.checks, seconds: &asked.seconds, charge, partition: asked.partition };
-        let (pass, by) = self.limiter.decide(subject.at, &ask, &mut outcomes).await;
+        let said = self.limiter.decide(subject.at, &ask, &mut outcomes).await;
+        self.decided(subject, token, asked, outcomes, said)
+    }
+
+    /// As [`Admission::decide`], where nobody else has to be asked; none: limits are kept in a fleet's store.
+    pub fn decide_at_once(&self, subject: &Subject<'_>, token: bool, charge: bool) -> Option<(Decision, Tally)> {
+        let mut asked = Asked::default();
+        self.ask(subject, token, &mut asked);
+        if asked.checks.is_empty() {
+            return Some((Decision::Pass { topped_up: false }, Tally::default()));
+        }
+        let mut outcomes = Outcomes::new();
+        let ask = Ask { checks: &asked.checks, seconds: &asked.seconds, charge, partition: asked.partition };
+        let said = self.limiter.decide_at_once(subject.at, &ask, &mut outcomes)?;
+        Some(self.decided(subject, token, asked, outcomes, said))
+    }
+
+    #[inline]
+    fn decided(
+        &self,
+        subject: &Subject<'_>,
+        token: bool,
+        asked: Asked,
+        outcomes: Outcomes,
+        (pass, by): (bool, Decided),
+    ) -> (Decision, Tally) {
         let tally = Tally { of: asked.of, exempt: asked.exempt, said: outcomes, by };
         let decision = match pass {
             true => Decision::Pass { topped_up: token && self.took_a_token(&tally) },

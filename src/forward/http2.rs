@@ -335,7 +335,12 @@ impl<S: Source> Exchange<S> {
         let connection = &self.slot.connection;
         connection.heard.store(millis(), Ordering::Relaxed);
         // Its settings have come before.
-        connection.limit.store(connection.send.current_max_send_streams(), Ordering::Relaxed);
+        let limit = connection.send.current_max_send_streams();
+        connection.limit.store(limit, Ordering::Relaxed);
+        if limit == 0 {
+            // It takes no more, and is not kept in the way of one that does.
+            connection.retire();
+        }
         self.clock.read = None;
         let bare = to_head || matches!(parts.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
         self.answer = if bare || stream.is_end_stream() { Answer::Over } else { Answer::Body { stream, given: 0 } };

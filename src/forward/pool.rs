@@ -159,7 +159,8 @@ impl Maker<'_> {
             entry.keepalive = self.keepalive;
             entry.making.retain(|making| !making.by.same_channel(&by));
             entry.is_http1 = connection.is_none();
-            entry.http2.extend(connection.cloned());
+            // Beyond so many it is for the requests that have a place on it.
+            entry.http2.extend(connection.filter(|_| entry.http2.len() < MOST_IDLE).cloned());
         } else {
             self.leave(&by);
         }

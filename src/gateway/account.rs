@@ -1,7 +1,7 @@
 //! Account: what is kept of a request while it is under way, and what is said of it when it has ended.
 
 use super::download::Download;
-use super::fields::Trace;
+use super::fields::{Trace, request_id};
 use super::live::Live;
 use super::session::Session;
 use super::stream::Connection;
@@ -16,6 +16,9 @@ use http::StatusCode;
 use http::uri::PathAndQuery;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// How much later than it must have ended a download is dropped: before that it is refused, in the words for that.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What is kept of a request while it is under way.
 pub(super) struct RequestContext {
@@ -39,6 +42,8 @@ pub(super) struct RequestContext {
     /// Time spent waiting for the client's body before the decision.
     pub(super) waited: Duration,
     pub(super) gateway_took: Option<Duration>,
+    /// When it was decided, for whom the time of then is good enough: once.
+    pub(super) decided_at: Option<Instant>,
     pub(super) forwarded_at: Option<Instant>,
     pub(super) ds_took: Option<Duration>,
     pub(super) tried: Tried,
@@ -86,10 +91,10 @@ impl RequestContext {
     /// A request whose head is in.
     pub(super) fn new(shared: &Arc<Shared>, session: &Session) -> Self {
         shared.metrics.in_flight.inc();
-        let began = Instant::now();
+        let began = session.began;
         Self {
             began,
-            id: uuid::Uuid::now_v7().simple().to_string(),
+            id: request_id(),
             trace: Trace::of(&session.head.headers),
             live: shared.live.load_full(),
             permit: None,
@@ -105,6 +110,7 @@ impl RequestContext {
             group_pseudonym: None,
             waited: Duration::ZERO,
             gateway_took: None,
+            decided_at: None,
             forwarded_at: None,
             ds_took: None,
             tried: Tried::default(),
@@ -126,6 +132,11 @@ impl RequestContext {
             status: 0,
             octets: (0, 0),
         }
+    }
+
+    /// When limits are asked: it began a moment ago, unless its body was waited for.
+    pub(super) fn now(&self) -> Instant {
+        if self.waited.is_zero() { self.began } else { Instant::now() }
     }
 
     /// Limits have let it pass.
@@ -213,8 +224,8 @@ impl exchange::Ctx for RequestContext {
         self.broken
     }
 
-    fn keepalive(&self) -> Duration {
-        self.live.timeouts.keepalive
+    fn until(&self) -> Option<Instant> {
+        self.download.as_ref().map(|download| download.until() + LAST_WORDS)
     }
 
     fn idle(&self) -> Duration {

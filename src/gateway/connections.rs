@@ -9,7 +9,7 @@ use crate::limiter::in_flight::Ticket;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 /// Connections of this provider's own nodes at most.
@@ -33,6 +33,8 @@ pub(super) struct Connections {
 struct Known {
     next: AtomicU64,
     by_id: Mutex<HashMap<u64, Weak<Connection>>>,
+    /// All are to close, those to come too.
+    closes: AtomicBool,
 }
 
 /// One of those that are counted.
@@ -145,7 +147,17 @@ impl Connections {
     pub(super) fn keep(&self, connection: &Arc<Connection>) -> Entry {
         let id = self.known.next.fetch_add(1, Ordering::Relaxed);
         self.known.by_id.lock().insert(id, Arc::downgrade(connection));
+        if self.known.closes.load(Ordering::SeqCst) {
+            connection.close();
+        }
         Entry { known: self.known.clone(), id }
+    }
+
+    /// Ends all connections, each once nothing is under way on it.
+    pub(super) fn close_all(&self) {
+        self.known.closes.store(true, Ordering::SeqCst);
+        let all: Vec<_> = self.known.by_id.lock().values().filter_map(Weak::upgrade).collect();
+        all.iter().for_each(|connection| connection.close());
     }
 
     /// Ends the connections whose peers are not admitted any more; says how many.

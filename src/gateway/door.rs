@@ -6,7 +6,7 @@ use super::exchange::{self, Patient, Rules};
 use super::frames::Frames;
 use super::live::ListenerTls;
 use super::proxy_protocol;
-use super::stream::{Connection, FederationStream, MAX_HEAD, Transport};
+use super::stream::{Connection, End, Ends, FederationStream, MAX_HEAD, Transport};
 use super::{Gateway, Shared};
 use crate::config::Http2;
 use async_trait::async_trait;
@@ -18,11 +18,16 @@ use pingora_core::protocols::Stream;
 use pingora_core::server::ShutdownWatch;
 use prometheus::IntCounter;
 use rustls::HandshakeKind;
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
 use tokio_rustls::server::TlsStream;
+
+/// How long a client of HTTP/2 may take to hear that its connection ends.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Octets of a client's chain at most, and certificates in it.
 const LARGEST_CHAIN: usize = 16 * 1024;
@@ -95,9 +100,9 @@ impl ServerApp for Door {
         let listener = live.tls.door(self.address)?.clone();
         let deadline = Instant::now() + live.timeouts.tls_handshake;
         let connections = &self.shared.connections;
-        let _open = connections.open(&live).map_err(|why| self.refused(why)).ok()?;
+        let open = connections.open(&live).map_err(|why| self.refused(why)).ok()?;
         let client = self.client(&mut stream, &listener, deadline).await?;
-        let (_of_ip, handshake) = connections.from(&live, client.ip()).map_err(|why| self.refused(why)).ok()?;
+        let (of_ip, handshake) = connections.from(&live, client.ip()).map_err(|why| self.refused(why)).ok()?;
         let stream = self.handshake(stream, &listener, client, deadline).await?;
         drop(handshake);
 
@@ -122,8 +127,8 @@ impl ServerApp for Door {
             self.refused("certificate-expired");
             return None;
         }
-        let _of_peer = connections.of(&live, &connection).map_err(|why| self.refused(why)).ok()?;
-        let _entry = connections.keep(&connection);
+        let of_peer = connections.of(&live, &connection).map_err(|why| self.refused(why)).ok()?;
+        let entry = connections.keep(&connection);
         // A reload that came between has not seen it.
         let now = self.shared.live.load_full();
         if !Arc::ptr_eq(&now, &live) && !may_stay(&now, &connection) {
@@ -137,14 +142,18 @@ impl ServerApp for Door {
         let cut = Some(self.shared.metrics.connections_cut.clone());
         let serving = Serving { rules: self.rules.clone(), connection: connection.clone(), http2: now.http2, cut };
         let keepalive = now.timeouts.keepalive;
-        drop((live, now, listener));
-        serving.until_its_end(stream, keepalive, shutdown).await;
+        let shutdown = shutdown.clone();
+        // A task of its own holds nothing of what the handshake needed, and is polled without what is around this.
+        tokio::spawn(async move {
+            let _counted = (open, of_ip, of_peer, entry);
+            serving.until_its_end(stream, keepalive, shutdown).await;
+        });
         None
     }
 
     async fn cleanup(&self) {
         self.shared.leave_time().await;
-        self.shared.closing.send_replace(true);
+        self.shared.connections.close_all();
     }
 }
 
@@ -164,32 +173,38 @@ impl<R: Rules> Serving<R> {
         self,
         stream: FederationStream<T>,
         keepalive: Duration,
-        shutdown: &ShutdownWatch,
+        mut shutdown: ShutdownWatch,
     ) {
-        let mut closing = self.rules.shared().closing.subscribe();
-        let mut shutdown = shutdown.clone();
         let (rules, connection) = (self.rules.clone(), self.connection.clone());
         let service = service_fn(move |request| {
             let (rules, connection) = (rules.clone(), connection.clone());
+            // Now, and not when it is first polled: hyper reads on before that.
+            let on_it = connection.begin(rules.shared().live.load().timeouts.keepalive);
             // hyper has room for it in each connection, also while there is none.
-            Box::pin(exchange::serve(rules, request, connection)) as Pin<Box<dyn Future<Output = _> + Send>>
+            Box::pin(exchange::serve(rules, request, connection, on_it)) as Pin<Box<dyn Future<Output = _> + Send>>
         });
+        let mut ends = Ends::of(&self.connection);
         if !self.connection.h2 {
             let mut serve = http1::Builder::new();
             // As for fields, hyper takes 100 of them.
             serve.max_buf_size(MAX_HEAD);
-            let serving = serve.serve_connection(TokioIo::new(stream), service);
-            let mut serving = pin!(serving);
-            tokio::select! {
-                biased;
-                _ = serving.as_mut() => return,
-                () = self.has_to_end() => return,
-                () = told(&mut closing) => serving.as_mut().graceful_shutdown(),
-            }
-            tokio::select! {
-                _ = serving => {}
-                () = self.has_to_end() => {}
-            }
+            let mut serving = pin!(serve.serve_connection(TokioIo::new(stream), service));
+            poll_fn(|cx| {
+                if serving.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(());
+                }
+                match ready!(ends.poll(cx)) {
+                    End::Cut => self.has_to_end(),
+                    End::Close => {
+                        serving.as_mut().graceful_shutdown();
+                        // It says then that it has ended, or who wakes it.
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
+                }
+                Poll::Ready(())
+            })
+            .await;
             return;
         }
         let mut serve = http2::Builder::new(PatientExecutor);
@@ -198,32 +213,35 @@ impl<R: Rules> Serving<R> {
             .max_header_list_size(self.http2.max_header_list)
             .initial_stream_window_size(256 * 1024)
             .initial_connection_window_size(1024 * 1024);
-        let serving = serve.serve_connection(TokioIo::new(stream), service);
-        let mut serving = pin!(serving);
-        let mut idle = pin!(self.is_idle_for(keepalive));
-        let told = async {
-            tokio::select! {
-                () = told(&mut closing) => {}
-                () = told(&mut shutdown) => {}
-            }
-        };
+        let mut serving = pin!(serve.serve_connection(TokioIo::new(stream), service));
+        let idle = self.is_idle_for(keepalive);
         tokio::select! {
             biased;
             _ = serving.as_mut() => return,
-            () = self.has_to_end() => return,
-            () = told => {}
-            () = idle.as_mut() => {}
+            end = poll_fn(|cx| ends.poll(cx)) => if end == End::Cut {
+                self.has_to_end();
+                return;
+            },
+            () = told(&mut shutdown) => {}
+            () = idle => {}
         }
         serving.as_mut().graceful_shutdown();
-        tokio::select! {
-            _ = serving => {}
-            () = self.has_to_end() => {}
+        // Whoever does not acknowledge that it was told is not waited for, once nothing is under way.
+        let mut quiet = pin!(self.is_idle_for(LAST_WORDS));
+        loop {
+            tokio::select! {
+                _ = serving.as_mut() => return,
+                () = quiet.as_mut() => return,
+                end = poll_fn(|cx| ends.poll(cx)) => if end == End::Cut {
+                    self.has_to_end();
+                    return;
+                },
+            }
         }
     }
 
-    /// Its peer is not admitted any more, or its certificate is over. It is counted before it ends.
-    async fn has_to_end(&self) {
-        self.connection.is_over().await;
+    /// It is counted before it ends.
+    fn has_to_end(&self) {
         if let Some(cut) = &self.cut {
             cut.inc();
         }

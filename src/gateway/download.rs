@@ -64,6 +64,11 @@ impl Download {
         self.tried < self.addresses.len()
     }
 
+    /// When it must have ended.
+    pub(super) fn until(&self) -> Instant {
+        self.counter.until()
+    }
+
     /// As [`head`].
     pub(super) fn head(&self, came: &HeaderMap) -> Head {
         head(came, &self.target)

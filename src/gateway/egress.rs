@@ -67,7 +67,7 @@ impl ServerApp for EgressDoor {
             let connection = Arc::new(Connection::plain(client, self.address, open));
             let _entry = self.shared.connections.keep(&connection);
             let stream = FederationStream::new(stream, connection.clone(), timeouts, None);
-            serving(&connection).until_its_end(stream, keepalive, shutdown).await;
+            serving(&connection).until_its_end(stream, keepalive, shutdown.clone()).await;
             return None;
         };
         let accepted = tokio::time::timeout(live.timeouts.tls_handshake, tls.acceptor.accept(stream)).await;
@@ -75,13 +75,13 @@ impl ServerApp for EgressDoor {
         let connection = Arc::new(Connection::new(client, self.address, stream.get_ref().1, tls, false, open));
         let _entry = self.shared.connections.keep(&connection);
         let stream = FederationStream::new(stream, connection.clone(), timeouts, None);
-        serving(&connection).until_its_end(stream, keepalive, shutdown).await;
+        serving(&connection).until_its_end(stream, keepalive, shutdown.clone()).await;
         None
     }
 
     async fn cleanup(&self) {
         self.shared.leave_time().await;
-        self.shared.closing.send_replace(true);
+        self.shared.connections.close_all();
     }
 }
 
@@ -187,7 +187,7 @@ impl Egress {
         endpoint: &'static Endpoint,
     ) -> Result<(), Refusal> {
         let live = ctx.live.clone();
-        session.body = peek::body(&session.head, endpoint, &live)?;
+        session.body = peek::body(session, endpoint, &live)?;
         let reading = peek::Reading { endpoint, parameter: "", live: &live, gauge: &self.0.metrics.held };
         let read = peek::peek(session, &reading, &mut ctx.waited).await;
         let held = read.map_err(|stop| {
@@ -219,8 +219,8 @@ impl Rules for Egress {
         self.0.metrics.in_flight.inc();
         Outgoing {
             shared: self.0.clone(),
-            began: Instant::now(),
-            id: uuid::Uuid::now_v7().simple().to_string(),
+            began: session.began,
+            id: super::fields::request_id(),
             live: self.0.live.load_full(),
             connection: session.connection.clone(),
             endpoint: None,
@@ -326,13 +326,8 @@ impl Rules for Egress {
         Ok(())
     }
 
-    fn pass(&self, _: usize, ctx: &mut Outgoing) -> Result<(), Refusal> {
-        // Another provider that answers an octet at a time does not hold a request for ever.
-        let longest = ctx.live.timeouts.body_total + ctx.egress()?.settings.read_timeout * 10;
-        match ctx.forwarded {
-            Some(since) if since.elapsed() > longest => Err(Refusal::GatewayTimeout),
-            _ => Ok(()),
-        }
+    fn pass(&self, _: usize, _: &mut Outgoing) -> Result<(), Refusal> {
+        Ok(())
     }
 
     fn passes_trailers(&self, _: &Outgoing) -> bool {
@@ -350,8 +345,10 @@ impl Ctx for Outgoing {
         self.broken
     }
 
-    fn keepalive(&self) -> Duration {
-        self.live.timeouts.keepalive
+    fn until(&self) -> Option<Instant> {
+        // Another provider that answers an octet at a time does not hold a request for ever.
+        let egress = self.live.egress.as_ref()?;
+        Some(self.forwarded? + self.live.timeouts.body_total + egress.settings.read_timeout * 10)
     }
 
     fn idle(&self) -> Duration {

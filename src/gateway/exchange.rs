@@ -93,8 +93,10 @@ pub(super) trait Rules: Send + Sync + Sized + 'static {
 pub(super) trait Ctx: Send + Sync + 'static {
     /// What follows on the connection cannot be told from this request: it ends with the answer.
     fn broken(&self) -> bool;
-    /// For how long its connection may wait for another.
-    fn keepalive(&self) -> Duration;
+    /// When the answer has to be over, whatever comes of it.
+    fn until(&self) -> Option<Instant> {
+        None
+    }
     /// For how long its body may stand still.
     fn idle(&self) -> Duration;
     /// For how long a client may not read.
@@ -118,11 +120,11 @@ pub(super) async fn serve<R: Rules>(
     rules: Arc<R>,
     request: Request<Incoming>,
     connection: Arc<Connection>,
+    on_it: OnIt,
 ) -> Result<Response<Answer<R>>, Gone> {
     let mut session = Session::new(request, connection);
     let ctx = rules.begin(&session);
-    let on_it = session.connection.begin(ctx.keepalive());
-    let mut under_way = Box::new(UnderWay { rules, ctx, exchange: None, peer: None, went: 0, _on_it: on_it });
+    let mut under_way = Box::new(UnderWay { rules, ctx, exchange: None, peer: None, went: 0, late: None, on_it });
     let UnderWay { rules, ctx, .. } = &mut *under_way;
     match rules.admit(&mut session, ctx).await {
         Ok(None) => forward(session, under_way).await,
@@ -153,7 +155,13 @@ async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>
         let upload = session.upload(ctx.idle());
         // What is read of it from now on is on its way.
         let exchange = under_way.exchange.insert(link.begin(kept, &head, upload, peer.times));
-        let answered = std::future::poll_fn(|cx| exchange.poll_head(cx)).await;
+        under_way.late = under_way.ctx.until().map(|until| Box::pin(tokio::time::sleep_until(until.into())));
+        let late = &mut under_way.late;
+        let answered = std::future::poll_fn(|cx| match exchange.poll_head(cx) {
+            Poll::Pending if is_late(late, cx) => Poll::Ready(Err(Error::ReadTimedOut)),
+            answered => answered,
+        });
+        let answered = answered.await;
         let body_was_in = exchange.source().is_done();
         match answered {
             Ok(answer) => {
@@ -181,6 +189,10 @@ async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>
     Ok(refuse(&session, under_way, &Refusal::BadGateway))
 }
 
+fn is_late(late: &mut Option<Pin<Box<Sleep>>>, cx: &mut Context<'_>) -> bool {
+    late.as_mut().is_some_and(|late| late.as_mut().poll(cx).is_ready())
+}
+
 /// The answer of whom the request went to.
 fn pass_on<R: Rules>(
     session: &Session,
@@ -194,6 +206,8 @@ fn pass_on<R: Rules>(
         return refuse(session, under_way, &refusal);
     }
     ctx.status(head.status);
+    // A node of HTTP/1.0 is this gateway's own business.
+    head.version = Version::HTTP_11;
     let draining = rules.shared().draining.load(Ordering::Relaxed);
     if !body_is_in {
         // The answer must arrive, though the body is not in.
@@ -207,7 +221,7 @@ fn pass_on<R: Rules>(
         under_way.end();
         return Response::from_parts(head, Answer::over(under_way));
     }
-    Response::from_parts(head, Answer { under_way: Some(under_way), what: What::Passes { length } })
+    Response::from_parts(head, Answer::new(under_way, What::Passes { length }, session))
 }
 
 /// A refusal, as an answer.
@@ -239,12 +253,20 @@ fn own_answer<R: Rules>(
     if session.head.method == Method::HEAD || body.is_empty() {
         return Response::from_parts(head, Answer::over(under_way));
     }
-    Response::from_parts(head, Answer { under_way: Some(under_way), what: What::Own(body) })
+    Response::from_parts(head, Answer::new(under_way, What::Own(body), session))
 }
 
 /// Says so where the connection ends with this answer. HTTP/2 has its own ways.
 fn end_with(head: &mut response::Parts, session: &Session, ends: bool) {
-    if ends && session.head.version < Version::HTTP_2 {
+    if session.head.version >= Version::HTTP_2 {
+        return;
+    }
+    // hyper hands the connection on after that, and does not end it.
+    let upgrade = session.head.headers.contains_key(header::UPGRADE);
+    if upgrade {
+        session.connection.linger();
+    }
+    if ends || upgrade {
         head.headers.insert(header::CONNECTION, http::HeaderValue::from_static("close"));
     }
 }
@@ -256,7 +278,9 @@ struct UnderWay<R: Rules> {
     exchange: Option<Exchange<Upload>>,
     peer: Option<Peer>,
     went: u64,
-    _on_it: OnIt,
+    /// When all of it has to be over, where that is said.
+    late: Option<Pin<Box<Sleep>>>,
+    on_it: OnIt,
 }
 
 impl<R: Rules> UnderWay<R> {
@@ -275,6 +299,7 @@ impl<R: Rules> UnderWay<R> {
         if let Some(exchange) = self.exchange.take() {
             self.ctx.octets(exchange.source().came(), self.went);
         }
+        self.on_it.0.break_off();
         self.ctx.aborted(refusal);
     }
 }
@@ -293,7 +318,16 @@ pub(super) struct Answer<R: Rules> {
     /// None: it is over.
     under_way: Option<Box<UnderWay<R>>>,
     what: What,
+    /// How long its client may not read, over HTTP/2; over HTTP/1.1 the connection has a clock.
+    patience: Option<Duration>,
+    /// The last octet, where it goes by itself.
+    last: Option<Bytes>,
+    /// All that was left of it, which goes out with its end.
+    awaits_end: Option<Bytes>,
 }
+
+/// Octets of an answer's end at most that go out as a whole, whether or not its client has room for them.
+const HELD_BACK: usize = 1024;
 
 enum What {
     /// The gateway's own, still to go.
@@ -306,28 +340,67 @@ enum What {
 }
 
 impl<R: Rules> Answer<R> {
+    fn new(under_way: Box<UnderWay<R>>, what: What, session: &Session) -> Self {
+        let patience = session.connection.h2.then(|| under_way.ctx.patience());
+        Self { under_way: Some(under_way), what, patience, last: None, awaits_end: None }
+    }
+
     /// One without a body.
     fn over(under_way: Box<UnderWay<R>>) -> Self {
         drop(under_way);
-        Self { under_way: None, what: What::Over }
+        Self { under_way: None, what: What::Over, patience: None, last: None, awaits_end: None }
+    }
+
+    /// From now on it is its client that is waited for.
+    fn wait_for_client(&self) {
+        if let Some(patience) = self.patience {
+            DEADLINE.set(Some(Instant::now() + patience));
+        }
     }
 
     fn poll_passing(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Gone>>> {
+        if let Some(last) = self.last.take() {
+            // A moment later, so that it waits until its client has room for all before it.
+            self.under_way = None;
+            self.what = What::Over;
+            return Poll::Ready(Some(Ok(Frame::data(last))));
+        }
         let Some(under_way) = &mut self.under_way else { return Poll::Ready(None) };
         let Some(exchange) = &mut under_way.exchange else { return Poll::Ready(None) };
-        let frame = match ready!(exchange.poll_frame(cx)) {
+        let frame = match exchange.poll_frame(cx) {
+            Poll::Pending if is_late(&mut under_way.late, cx) => Some(Err(Error::ReadTimedOut)),
+            frame => ready!(frame),
+        };
+        let frame = match frame {
             // They come last.
+            Some(Ok(frame)) if frame.is_trailers() && self.awaits_end.is_some() => None,
             Some(Ok(frame)) if frame.is_trailers() && !under_way.rules.passes_trailers(&under_way.ctx) => None,
             frame => frame,
         };
         let refusal = match frame {
             Some(Ok(frame)) => {
                 let octets = frame.data_ref().map_or(0, Bytes::len);
-                let is_over = exchange.is_answered();
                 under_way.went += octets as u64;
+                let is_over = exchange.is_answered();
                 let UnderWay { rules, ctx, .. } = &mut **under_way;
                 match rules.pass(octets, ctx) {
                     Ok(()) => {
+                        let is_whole =
+                            matches!(self.what, What::Passes { length: Some(length) } if length == under_way.went);
+                        if is_whole && !is_over && self.patience.is_none() {
+                            // hyper asks for no more than that, and what comes after it ends the node's stream.
+                            self.awaits_end = frame.into_data().ok();
+                            return self.poll_passing(cx);
+                        }
+                        if is_over && self.patience.is_some() && octets > HELD_BACK {
+                            // Over HTTP/2 nobody waits for a client that has no room for the end.
+                            under_way.end();
+                            if let Ok(mut data) = frame.into_data() {
+                                self.last = Some(data.split_off(octets - 1));
+                                return Poll::Ready(Some(Ok(Frame::data(data))));
+                            }
+                            return Poll::Ready(None);
+                        }
                         if is_over {
                             under_way.end();
                             self.under_way = None;
@@ -342,7 +415,7 @@ impl<R: Rules> Answer<R> {
                 under_way.end();
                 self.under_way = None;
                 self.what = What::Over;
-                return Poll::Ready(None);
+                return Poll::Ready(self.awaits_end.take().map(|data| Ok(Frame::data(data))));
             }
             Some(Err(Error::ReadTimedOut | Error::WriteTimedOut)) => Some(Refusal::GatewayTimeout),
             Some(Err(Error::Stopped(Stop { gone: true, .. }))) => None,
@@ -374,17 +447,18 @@ impl<R: Rules> Body for Answer<R> {
         match &mut this.what {
             What::Own(body) => {
                 let body = std::mem::take(body);
-                let patience = this.under_way.as_ref().map(|under_way| under_way.ctx.patience());
-                DEADLINE.set(patience.map(|patience| Instant::now() + patience));
+                this.wait_for_client();
                 this.what = What::Over;
                 this.under_way = None;
                 Poll::Ready(Some(Ok(Frame::data(body))))
             }
             What::Passes { .. } => {
-                // From here on it is the client that is waited for; until here it was the other side, which has a clock.
-                let patience = this.under_way.as_ref().map(|under_way| under_way.ctx.patience());
+                // Until there is more it is the other side that is waited for, which has a clock; from then on it is the client.
+                DEADLINE.set(None);
                 let frame = this.poll_passing(cx);
-                DEADLINE.set(patience.filter(|_| frame.is_ready()).map(|patience| Instant::now() + patience));
+                if frame.is_ready() {
+                    this.wait_for_client();
+                }
                 frame
             }
             What::Over => Poll::Ready(None),

@@ -20,8 +20,8 @@ use std::net::IpAddr;
 /// What is learnt.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Learned<'a> {
-    /// The client's address.
-    pub(super) client: Option<IpAddr>,
+    /// The client's address, as [`forwarded_for`].
+    pub(super) client: &'a str,
     /// The authenticated provider.
     pub(super) provider: Option<&'a str>,
     /// The client's certificate, and the rest of its chain.
@@ -59,9 +59,15 @@ impl Trace {
         match &self.0 {
             Some(theirs) => Cow::Borrowed(theirs),
             // An ID is 32 hexadecimal digits, of which the last 16 are random. Nobody has said that it is sampled.
-            None => Cow::Owned(format!("00-{id}-{}-00", id.get(16..32).unwrap_or("0000000000000001"))),
+            None => Cow::Owned(["00-", id, "-", id.get(16..32).unwrap_or("0000000000000001"), "-00"].concat()),
         }
     }
+}
+
+/// An ID for a request: 32 hexadecimal digits, ordered by time (RFC 9562 §5.7).
+pub(super) fn request_id() -> String {
+    let mut digits = [0; 32];
+    uuid::Uuid::now_v7().simple().encode_lower(&mut digits).to_owned()
 }
 
 fn is_traceparent(text: &str) -> bool {
@@ -117,21 +123,20 @@ pub(super) fn is_ours_to_say(name: &HeaderName, fields: &Fields) -> bool {
     }
 }
 
-/// An address as RFC 7239 §6 has it: IPv6 in brackets, and quoted.
-fn forwarded(client: IpAddr, host: &str) -> String {
-    use std::fmt::Write as _;
-    let mut value = String::with_capacity(64 + host.len());
-    // A string takes all that is written to it.
-    let _ = match client.to_canonical() {
-        IpAddr::V4(ip) => write!(value, "for={ip}"),
-        IpAddr::V6(ip) => write!(value, "for=\"[{ip}]\""),
-    };
-    // It is one of this provider's names, with a port or without: nothing that would end the quotes.
-    if !host.contains(['"', '\\']) {
-        let _ = write!(value, ";host=\"{host}\"");
+/// From which address a request is, as RFC 7239 §6 has it: IPv6 in brackets, and quoted.
+pub(super) fn forwarded_for(client: IpAddr) -> String {
+    match client.to_canonical() {
+        IpAddr::V4(ip) => format!("for={ip}"),
+        IpAddr::V6(ip) => format!("for=\"[{ip}]\""),
     }
-    value.push_str(";proto=https");
-    value
+}
+
+fn forwarded(client: &str, host: &str) -> String {
+    // It is one of this provider's names, with a port or without: nothing that would end the quotes.
+    if host.contains(['"', '\\']) {
+        return [client, ";proto=https"].concat();
+    }
+    [client, ";host=\"", host, "\";proto=https"].concat()
 }
 
 /// A certificate as RFC 9440 §2.1 has it: a byte sequence of RFC 8941.
@@ -158,11 +163,8 @@ fn is_of_the_connection(name: &HeaderName) -> bool {
 /// Of what came, the fields that go on: none of the connection's, and none that `is_dropped`.
 pub(super) fn kept(came: &HeaderMap, is_dropped: impl Fn(&HeaderName) -> bool, more: usize) -> HeaderMap {
     let mut kept = HeaderMap::with_capacity(came.keys_len() + more);
-    for name in came.keys() {
-        if is_of_the_connection(name) || is_dropped(name) {
-            continue;
-        }
-        for value in came.get_all(name) {
+    for (name, value) in came {
+        if !is_of_the_connection(name) && !is_dropped(name) {
             kept.append(name.clone(), value.clone());
         }
     }
@@ -204,12 +206,16 @@ pub(super) fn head(
     }
     let mut say = |name: &Option<HeaderName>, value: Option<Cow<'_, str>>| -> Result<(), Refusal> {
         let (Some(name), Some(value)) = (name, value) else { return Ok(()) };
-        let value = HeaderValue::from_str(&value).map_err(|_| Refusal::Internal)?;
+        let value = match value {
+            Cow::Borrowed(value) => HeaderValue::from_str(value),
+            Cow::Owned(value) => HeaderValue::try_from(value),
+        };
+        let value = value.map_err(|_| Refusal::Internal)?;
         kept.insert(name.clone(), value);
         Ok(())
     };
-    if let Some(client) = learned.client.filter(|_| fields.forwarded.is_some()) {
-        say(&fields.forwarded, Some(forwarded(client, &authority).into()))?;
+    if fields.forwarded.is_some() {
+        say(&fields.forwarded, Some(forwarded(learned.client, &authority).into()))?;
     }
     say(&fields.provider, learned.provider.map(Cow::Borrowed))?;
     if fields.client_cert.is_some() {
@@ -285,7 +291,7 @@ mod tests {
         let trace = Trace::of(&HeaderMap::new());
         let chain = [CertificateDer::from(vec![1, 2, 3]), CertificateDer::from(vec![4]), CertificateDer::from(vec![5])];
         let learned = Learned {
-            client: Some("2001:db8::1".parse().unwrap()),
+            client: &forwarded_for("2001:db8::1".parse().unwrap()),
             provider: Some("a.example"),
             chain: &chain,
             tls: Some("version=TLSv1.3"),

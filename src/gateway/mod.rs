@@ -80,8 +80,6 @@ struct Shared {
     succeeded: AtomicBool,
     /// How many threads serve a listener.
     threads: tokio::sync::watch::Sender<usize>,
-    /// Connections that wait for a further request are closed.
-    closing: tokio::sync::watch::Sender<bool>,
 }
 
 /// What is done with other providers' requests.
@@ -155,7 +153,7 @@ impl Gateway {
                 target: None,
                 cost: 1,
                 octets: 0,
-                at: Instant::now(),
+                at: ctx.now(),
             };
             let admitted = self.limits_and_token(session, ctx, &subject).await;
             ctx.provider = provider;
@@ -170,10 +168,10 @@ impl Gateway {
 
         // peek
         if let By::Fetched(_) = endpoint.by {
-            self.admit_download(session, ctx, &connection, &parameter).await?;
+            Box::pin(self.admit_download(session, ctx, &connection, &parameter)).await?;
             return Ok(None);
         }
-        session.body = peek::body(&session.head, endpoint, &live)?;
+        session.body = peek::body(session, endpoint, &live)?;
         let reading = peek::Reading { endpoint, parameter: &parameter, live: &live, gauge: &self.0.metrics.held };
         let read = peek::peek(session, &reading, &mut ctx.waited).await;
         let held = read.map_err(|stop| {
@@ -240,7 +238,7 @@ impl Gateway {
             target: target.as_deref(),
             cost: envelope.cost,
             octets: u32::try_from(ctx.charged).unwrap_or(u32::MAX),
-            at: Instant::now(),
+            at: ctx.now(),
         };
         let admitted = self.limits_and_token(session, ctx, &subject).await;
         ctx.provider = provider;
@@ -258,14 +256,18 @@ impl Gateway {
         let admission = &ctx.live.admission.clone();
         ctx.tickets = admission.enter(subject).map_err(limited)?;
         let required = admission.policy().token_required(subject.operation, subject.ip);
-        let (decision, mut tally) = admission.decide(subject, false, !required).await;
+        let (decision, mut tally) = match admission.decide_at_once(subject, false, !required) {
+            Some(decided) => decided,
+            // What waits for others is boxed, here and below: a request is no larger for what most are without.
+            None => Box::pin(admission.decide(subject, false, !required)).await,
+        };
         let admitted = match decision {
             Verdict::Pass { .. } if !required => Ok(()),
             Verdict::Pass { .. } => {
-                self.with_token(session, ctx, subject, admission, required, vec![], &mut tally).await
+                Box::pin(self.with_token(session, ctx, subject, admission, required, vec![], &mut tally)).await
             }
             Verdict::Refuse { violated, token_helps: true } => {
-                self.with_token(session, ctx, subject, admission, required, violated, &mut tally).await
+                Box::pin(self.with_token(session, ctx, subject, admission, required, violated, &mut tally)).await
             }
             other => passes(other).map(drop),
         };
@@ -372,7 +374,9 @@ impl Rules for Gateway {
 
     async fn admit(&self, session: &mut Session, ctx: &mut RequestContext) -> Result<Option<Response<Bytes>>, Refusal> {
         let decided = self.decide(session, ctx).await;
-        ctx.gateway_took = Some(ctx.began.elapsed().saturating_sub(ctx.waited));
+        let now = Instant::now();
+        ctx.gateway_took = Some(now.saturating_duration_since(ctx.began).saturating_sub(ctx.waited));
+        ctx.decided_at = Some(now);
         decided
     }
 
@@ -383,7 +387,7 @@ impl Rules for Gateway {
         let (Some(endpoint), Some(path)) = (ctx.endpoint, ctx.path.take()) else { return Err(Refusal::Internal) };
         let connection = &ctx.connection;
         let learned = Learned {
-            client: Some(connection.client.ip()),
+            client: &connection.forwarded_for,
             provider: ctx.provider.as_deref(),
             chain: &connection.chain,
             tls: connection.tls.as_deref(),
@@ -400,7 +404,8 @@ impl Rules for Gateway {
             return download.peer(&ctx.live.timeouts).ok_or(Refusal::Download(Refused::Unreachable));
         }
         let settings = self.0.nodes.settings();
-        let Some(node) = self.0.nodes.choose(ctx.group_hash, &ctx.tried) else {
+        let now = ctx.decided_at.take().unwrap_or_else(Instant::now);
+        let Some(node) = self.0.nodes.choose_at(now, ctx.group_hash, &ctx.tried) else {
             return Err(if ctx.tried.any() {
                 Refusal::BadGateway
             } else {
@@ -412,7 +417,8 @@ impl Rules for Gateway {
         ctx.settings = Some(settings.clone());
         let permit = node.enter(&settings).await;
         ctx.permit = permit.map_err(|_| Refusal::NodeBusy { retry_after: settings.queue_timeout })?;
-        ctx.given_at = Instant::now();
+        // Where there is a queue it may have waited in it.
+        ctx.given_at = if ctx.permit.is_some() { Instant::now() } else { now };
         forward::peer(&node, &settings, &self.0.node_tls).map_err(|e| {
             tracing::error!(node = %node.label(), "TLS to a Delivery Service node cannot be set up: {e}");
             Refusal::Internal
@@ -445,7 +451,7 @@ impl Rules for Gateway {
         if let Some(node) = ctx.node.as_ref().filter(|_| !kept) {
             node.accepted();
         }
-        ctx.forwarded_at = Some(Instant::now());
+        ctx.forwarded_at = Some(if kept { ctx.given_at } else { Instant::now() });
         // The next thing is to write to the node.
         ctx.keep_token();
     }
@@ -465,8 +471,11 @@ impl Rules for Gateway {
             return Failed::Refuse(forward::without_an_answer(e).of_a_download(true));
         }
         // Otherwise the Delivery Service may have begun to process it.
-        if matches!(e, Error::Untouched) && way.can_be_sent_again {
+        if matches!(e, Error::Untouched) {
             ctx.unkeep_token();
+            if !way.can_be_sent_again {
+                return Failed::Refuse(Refusal::BadGateway);
+            }
             // Once to the same node, on another connection; if it will not have it then, to the next.
             if !std::mem::replace(&mut ctx.resent, true)
                 && let Some(node) = &ctx.node

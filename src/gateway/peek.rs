@@ -124,10 +124,12 @@ pub(super) fn check_framing(request: &Parts) -> Result<(), Refusal> {
 
 /// The body of a request at an endpoint, of a type that is read there and of no more octets than it may have, as far as its
 /// head says.
-pub(super) fn body(request: &Parts, endpoint: &Endpoint, live: &Live) -> Result<Body, Refusal> {
+pub(super) fn body(session: &Session, endpoint: &Endpoint, live: &Live) -> Result<Body, Refusal> {
+    let request = &session.head;
     check_content(request, endpoint)?;
     let bound = live.max_body.iter().find(|(name, _)| *name == endpoint.name);
-    let body = Body::new(bound.map_or(endpoint.max_body, |(_, bound)| *bound), live.timeouts.body_total);
+    let body =
+        Body::new(bound.map_or(endpoint.max_body, |(_, bound)| *bound), session.began + live.timeouts.body_total);
     if content_length(request).is_some_and(|length| length > body.bound()) {
         return Err(Refusal::TooLarge);
     }
@@ -163,7 +165,7 @@ async fn fill(
     let Reading { endpoint, live, .. } = *reading;
     let (timeouts, most) = (&live.timeouts, live.holding.of(endpoint.name));
     let mut share = None;
-    let deadline = Instant::now() + timeouts.body_total;
+    let deadline = session.body.until();
     let mut need = 0;
     loop {
         if held.octets().len() >= need {

@@ -27,9 +27,14 @@ pub(super) struct Body {
 }
 
 impl Body {
-    /// A body of at most `bound` octets, all of it within `total`.
-    pub(super) fn new(bound: u64, total: Duration) -> Self {
-        Self { bound, passed: 0, until: Instant::now() + total }
+    /// A body of at most `bound` octets, all of it in by a time.
+    pub(super) fn new(bound: u64, until: Instant) -> Self {
+        Self { bound, passed: 0, until }
+    }
+
+    /// When all of it must be in.
+    pub(super) fn until(&self) -> Instant {
+        self.until
     }
 
     /// Octets it may have.
@@ -47,6 +52,8 @@ impl Body {
 /// A request that has come in.
 pub(super) struct Session {
     pub(super) head: Parts,
+    /// When its head was in.
+    pub(super) began: Instant,
     pub(super) connection: Arc<Connection>,
     /// What holds for its body.
     pub(super) body: Body,
@@ -61,7 +68,8 @@ impl Session {
     pub(super) fn new(request: Request<Incoming>, connection: Arc<Connection>) -> Self {
         let (head, body) = request.into_parts();
         let rest = Some(body).filter(|body| !body.is_end_stream());
-        Self { head, connection, body: Body::new(0, Duration::ZERO), rest, held: Bytes::new(), came: 0 }
+        let began = Instant::now();
+        Self { head, began, connection, body: Body::new(0, began), rest, held: Bytes::new(), came: 0 }
     }
 
     /// All of its body has come.
@@ -81,7 +89,7 @@ impl Session {
 
     /// More of its body, which is then for the caller to hold. None: that was all of it.
     pub(super) fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
-        let chunk = ready!(poll_rest(&mut self.rest, cx));
+        let chunk = ready!(poll_rest(&mut self.rest, self.connection.h2, cx));
         if let Some(Ok(chunk)) = &chunk {
             self.came += chunk.len() as u64;
         }
@@ -102,7 +110,8 @@ impl Session {
             Some(_) => declared.and_then(|length| length.to_str().ok()?.parse().ok()),
         };
         let held = Some(self.held.clone()).filter(|held| !held.is_empty());
-        Upload { held, rest, length, body: self.body, idle, waiting: None, clock: None, came: self.came, taken: false }
+        let (h2, body, came) = (self.connection.h2, self.body, self.came);
+        Upload { held, rest, h2, length, body, idle, waiting: None, clock: None, came, taken: false }
     }
 
     /// Takes a body back, to be sent from its beginning again; false: some of it is not held any more.
@@ -114,7 +123,7 @@ impl Session {
 }
 
 /// More of what comes. An empty piece is none.
-fn poll_rest(rest: &mut Option<Incoming>, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
+fn poll_rest(rest: &mut Option<Incoming>, h2: bool, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
     loop {
         let Some(body) = rest else { return Poll::Ready(None) };
         let frame = ready!(Pin::new(&mut *body).poll_frame(cx));
@@ -134,6 +143,12 @@ fn poll_rest(rest: &mut Option<Incoming>, cx: &mut Context<'_>) -> Poll<Option<R
             Some(Err(e)) => {
                 *rest = None;
                 return Poll::Ready(Some(Err(stop(&e))));
+            }
+            // Over HTTP/2 that is its end only if its sender has said so: hyper takes a reset without an error for one.
+            None if h2 && !ends => {
+                *rest = None;
+                let refusal = Refusal::BadHttp("the body broke off");
+                return Poll::Ready(Some(Err(Stop { refusal, broken: true, gone: true })));
             }
             None => *rest = None,
         }
@@ -161,6 +176,7 @@ fn stop(e: &hyper::Error) -> Stop {
 pub(super) struct Upload {
     held: Option<Bytes>,
     rest: Option<Incoming>,
+    h2: bool,
     length: Option<u64>,
     body: Body,
     idle: Duration,
@@ -201,7 +217,7 @@ impl Source for Upload {
     fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
         let chunk = match self.held.take() {
             Some(held) => Some(Ok(held)),
-            None => match poll_rest(&mut self.rest, cx) {
+            None => match poll_rest(&mut self.rest, self.h2, cx) {
                 Poll::Pending => {
                     ready!(self.poll_late(cx));
                     self.rest = None;
@@ -212,6 +228,11 @@ impl Source for Upload {
                     if let Some(Ok(chunk)) = &chunk {
                         self.taken = true;
                         self.came += chunk.len() as u64;
+                        // However little it waits each time.
+                        if self.rest.is_some() && Instant::now() > self.body.until {
+                            self.rest = None;
+                            return Poll::Ready(Some(Err(Refusal::TooSlow.into())));
+                        }
                     }
                     chunk
                 }
@@ -241,7 +262,7 @@ mod tests {
 
     #[test]
     fn bodies_have_a_bound() {
-        let mut body = Body::new(10, Duration::from_secs(60));
+        let mut body = Body::new(10, Instant::now());
         assert_eq!(body.pass(10), Ok(()));
         assert_eq!(body.pass(1), Err(Refusal::TooLarge));
     }

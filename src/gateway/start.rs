@@ -350,7 +350,6 @@ fn server(
         draining: AtomicBool::new(false),
         succeeded: AtomicBool::new(false),
         threads: tokio::sync::watch::Sender::new(threads),
-        closing: tokio::sync::watch::Sender::new(false),
     });
 
     let conf = ServerConf {

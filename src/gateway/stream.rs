@@ -6,12 +6,14 @@
 //! has a clock; and where an answer went out before the request was all in, it reads on for a while before it closes, because to
 //! close on unread octets makes the kernel reset the connection and destroys the answer on its way.
 
+use super::fields::forwarded_for;
 use super::frames::Frames;
 use super::live::ListenerTls;
 use crate::admission::PeerIdentity;
 use crate::config::Timeouts;
 use crate::problem::Refusal;
 use crate::tls;
+use atomic_waker::AtomicWaker;
 use bytes::{Buf, Bytes};
 use prometheus::IntCounter;
 use rustls::pki_types::CertificateDer;
@@ -23,7 +25,6 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::sync::Notify;
 use tokio::time::Sleep;
 
 /// A connection with a certificate lives no longer than this.
@@ -51,6 +52,8 @@ static LINGERERS: AtomicUsize = AtomicUsize::new(0);
 pub(super) struct Connection {
     /// Who is at the other end.
     pub(super) client: SocketAddr,
+    /// That, as the Delivery Service is told.
+    pub(super) forwarded_for: Box<str>,
     /// The name the client asked for.
     pub(super) sni: Option<String>,
     /// What its certificate says.
@@ -67,8 +70,9 @@ pub(super) struct Connection {
     pub(super) until: Option<SystemTime>,
     /// What was negotiated, for the Delivery Service, if that is told.
     pub(super) tls: Option<Box<str>>,
-    /// Tells that it has to end.
-    cut: Notify,
+    /// Whether it has to end, and who waits for that.
+    ends: AtomicU8,
+    waits: AtomicWaker,
     /// How far an HTTP/1.1 connection is: see [`Phase`].
     phase: AtomicU8,
     /// For how long it may wait for a further request, in milliseconds.
@@ -78,6 +82,63 @@ pub(super) struct Connection {
     requests: AtomicUsize,
     so_far: AtomicUsize,
     open: prometheus::IntGauge,
+}
+
+/// What a connection is told: see [`Connection::cut`] and [`Connection::close`].
+const CUT: u8 = 1;
+const CLOSE: u8 = 2;
+
+/// How a connection has to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// Now.
+    Cut,
+    /// Once nothing is under way on it.
+    Close,
+}
+
+/// Waits for the end that a connection has to have. It is asked with each wake-up of a connection, so that it does little.
+pub(super) struct Ends<'a> {
+    connection: &'a Connection,
+    /// When its certificate is over.
+    until: Option<Pin<Box<Sleep>>>,
+    closes: bool,
+}
+
+impl<'a> Ends<'a> {
+    pub(super) fn of(connection: &'a Connection) -> Self {
+        let until = connection.until.map(|until| {
+            // It is good for all of its last second (RFC 5280 §4.1.2.5).
+            let left = (until + Duration::from_secs(1)).duration_since(SystemTime::now()).unwrap_or_default();
+            // The clock may be set; and nothing waits for a century.
+            Box::pin(tokio::time::sleep(left.min(LONGEST)))
+        });
+        Self { connection, until, closes: false }
+    }
+
+    /// Its peer is not admitted any more, or its certificate is over; or it is to close, which is said once.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        let told = |connection: &Connection, closes: &mut bool| {
+            let ends = connection.ends.load(Ordering::Acquire);
+            if ends & CUT != 0 {
+                return Poll::Ready(End::Cut);
+            }
+            if ends & CLOSE != 0 && !std::mem::replace(closes, true) {
+                return Poll::Ready(End::Close);
+            }
+            Poll::Pending
+        };
+        if let Some(until) = &mut self.until
+            && until.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(End::Cut);
+        }
+        if let Poll::Ready(end) = told(self.connection, &mut self.closes) {
+            return Poll::Ready(end);
+        }
+        self.connection.waits.register(cx.waker());
+        told(self.connection, &mut self.closes)
+    }
 }
 
 /// How far an HTTP/1.1 connection is.
@@ -93,7 +154,7 @@ enum Phase {
 }
 
 /// A request under way on a connection.
-pub(super) struct OnIt(Arc<Connection>);
+pub(super) struct OnIt(pub(super) Arc<Connection>);
 
 impl Drop for OnIt {
     fn drop(&mut self) {
@@ -118,6 +179,7 @@ impl Connection {
             session.peer_certificates().unwrap_or_default().iter().map(|der| der.clone().into_owned()).collect();
         Self {
             client,
+            forwarded_for: forwarded_for(client.ip()).into(),
             sni: session.server_name().map(str::to_owned),
             identity: chain.first().map(tls::identity),
             h2: session.alpn_protocol() == Some(b"h2"),
@@ -126,7 +188,8 @@ impl Connection {
             until: chain.first().and_then(tls::not_after),
             chain,
             tls: says_tls.then(|| negotiated(session).into()),
-            cut: Notify::new(),
+            ends: AtomicU8::new(0),
+            waits: AtomicWaker::new(),
             phase: AtomicU8::new(Phase::Head as u8),
             keepalive: AtomicU64::new(0),
             linger: AtomicBool::new(false),
@@ -141,6 +204,7 @@ impl Connection {
         open.inc();
         Self {
             client,
+            forwarded_for: forwarded_for(client.ip()).into(),
             sni: None,
             identity: None,
             h2: false,
@@ -149,7 +213,8 @@ impl Connection {
             until: None,
             chain: vec![],
             tls: None,
-            cut: Notify::new(),
+            ends: AtomicU8::new(0),
+            waits: AtomicWaker::new(),
             phase: AtomicU8::new(Phase::Head as u8),
             keepalive: AtomicU64::new(0),
             linger: AtomicBool::new(false),
@@ -161,20 +226,17 @@ impl Connection {
 
     /// Ends it, whatever is under way on it.
     pub(super) fn cut(&self) {
-        self.cut.notify_one();
+        self.tell(CUT);
     }
 
-    /// Waits until it has to end: its peer is not admitted any more, or its certificate is over.
-    pub(super) async fn is_over(&self) {
-        match self.until {
-            Some(until) => {
-                // It is good for all of its last second (RFC 5280 §4.1.2.5).
-                let left = (until + Duration::from_secs(1)).duration_since(SystemTime::now()).unwrap_or_default();
-                // The clock may be set; and nothing waits for a century.
-                let _ = tokio::time::timeout(left.min(LONGEST), self.cut.notified()).await;
-            }
-            None => self.cut.notified().await,
-        }
+    /// Ends it once nothing is under way on it.
+    pub(super) fn close(&self) {
+        self.tell(CLOSE);
+    }
+
+    fn tell(&self, end: u8) {
+        self.ends.fetch_or(end, Ordering::Release);
+        self.waits.wake();
     }
 
     fn phase(&self) -> Phase {
@@ -207,6 +269,11 @@ impl Connection {
     /// Requests are under way on it.
     pub(super) fn is_busy(&self) -> bool {
         self.requests.load(Ordering::Relaxed) > 0
+    }
+
+    /// Its answer has broken off: it is not to look as if it were whole.
+    pub(super) fn break_off(&self) {
+        self.linger.store(false, Ordering::Relaxed);
     }
 
     /// The answer is out before the request was in: read on before closing.
@@ -447,7 +514,10 @@ impl<T: Transport> FederationStream<T> {
         loop {
             match &mut self.head {
                 Head::Refused => return Poll::Ready(Ok(())),
-                Head::Refusing { .. } => ready!(self.poll_refusing(cx))?,
+                Head::Refusing { .. } => {
+                    let refusing = self.poll_refusing(cx);
+                    ready!(self.timed(cx, refusing))?;
+                }
                 Head::Reading { octets } => {
                     let before = buf.filled().len();
                     let Some(inner) = self.inner.as_mut() else { return Poll::Ready(Err(closed())) };
@@ -539,6 +609,10 @@ impl<T: Transport> AsyncWrite for FederationStream<T> {
         // hyper has written all that it was given before it flushes.
         if !this.connection.h2 && this.connection.phase() == Phase::Answered {
             this.await_head();
+            // hyper reads on when there is something to read, and not before: nobody else would wind the clock.
+            if this.clock.poll(cx).is_ready() {
+                cx.waker().wake_by_ref();
+            }
         }
         Poll::Ready(Ok(()))
     }

@@ -205,6 +205,12 @@ impl Limiter {
         Self { memory, in_flight: self.in_flight.clone(), fleet, clock: self.clock }
     }
 
+    /// As [`Limiter::decide`], where nobody else has to be asked; none: limits are kept in a fleet's store.
+    pub fn decide_at_once(&self, at: Instant, ask: &Ask<'_>, outcomes: &mut Outcomes) -> Option<(bool, Decided)> {
+        let here = self.fleet.is_none();
+        here.then(|| (self.memory.decide(self.clock.at(at), ask, outcomes), Decided::ByStore))
+    }
+
     /// Asks all checks of a request together. Charges them, if that is asked for and every enforced one lets the request
     /// pass: those that do, and of the shadows those that would. Returns whether all enforced ones do. `at` is when the
     /// request first asked: it waits for a store no longer than its time-out after that, however often it asks.

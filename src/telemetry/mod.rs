@@ -66,6 +66,8 @@ const REFUSED_CONNECTIONS: &[&str] = &[
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
+    /// Of it, those that most requests are among.
+    forwarded: Vec<(&'static str, IntCounter)>,
     providers: IntCounterVec,
     limits: IntCounterVec,
     gateway_seconds: Vec<(&'static str, Histogram)>,
@@ -149,11 +151,13 @@ impl Metrics {
             &["endpoint", "decision", "reason"],
         )?;
         for endpoint in dialect::endpoints() {
-            let _ = requests.with_label_values(&[endpoint.name, "forwarded", ""]);
             for reason in problem::REASONS {
                 let _ = requests.with_label_values(&[endpoint.name, "refused", reason]);
             }
         }
+        let forwarded = dialect::endpoints()
+            .map(|endpoint| (endpoint.name, requests.with_label_values(&[endpoint.name, "forwarded", ""])))
+            .collect();
         let providers = counters(
             "provider_requests_total",
             "Requests of authenticated providers, those of [peers] named by name.",
@@ -169,6 +173,7 @@ impl Metrics {
         registry.register(Box::new(build))?;
         Ok(Self {
             requests,
+            forwarded,
             providers,
             limits: counters(
                 "limit_decisions_total",
@@ -350,7 +355,11 @@ impl Metrics {
     /// Counts a request that has ended.
     pub fn request(&self, endpoint: Option<&Endpoint>, decision: Decision, reason: &str, provider: Option<&str>) {
         let endpoint = endpoint.map_or(OTHER, |e| e.name);
-        self.requests.with_label_values(&[endpoint, decision.label(), reason]).inc();
+        let forwarded = self.forwarded.iter().find(|(name, _)| *name == endpoint && decision == Decision::Forwarded);
+        match forwarded.filter(|_| reason.is_empty()) {
+            Some((_, counter)) => counter.inc(),
+            None => self.requests.with_label_values(&[endpoint, decision.label(), reason]).inc(),
+        }
         if let Some(provider) = provider {
             self.providers.with_label_values(&[provider, decision.label()]).inc();
         }

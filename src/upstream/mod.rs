@@ -134,7 +134,8 @@ impl Nodes {
         self.choose_at(Instant::now(), group, tried)
     }
 
-    fn choose_at(&self, now: Instant, group: Option<u128>, tried: &Tried) -> Option<Arc<Member>> {
+    /// As [`Nodes::choose`], at a time that is known.
+    pub fn choose_at(&self, now: Instant, group: Option<u128>, tried: &Tried) -> Option<Arc<Member>> {
         let (now, current) = (self.clock.at(now), self.current.load());
         match group.filter(|_| current.settings.by_group && current.members.len() > 1) {
             Some(group) => {
