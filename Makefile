@@ -64,16 +64,16 @@ bench: setup-test ## The benchmarks (criterion): target/criterion/report/index.h
 setup-peers: setup ## What bench-peers needs: NGINX and HAProxy (by apt)
 	@export PATH=$$PATH:/usr/sbin; command -v nginx >/dev/null && command -v haproxy >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) env RUNLEVEL=1 apt-get install -yq --no-install-recommends nginx-light haproxy; }
 
-bench-peers: setup-peers ## A request beside NGINX, HAProxy and a bare Pingora, into docs/performance.md (30 min, and 8 for its build); QUICK=1 takes 2, and prints
-	$(CARGO) build --locked --profile bench --bin moh-gateway --example peers
+bench-peers: setup-peers ## A request beside NGINX, HAProxy and a bare Pingora, into docs/performance.md (30 min, and 12 for its build); QUICK=1 takes 3, and prints
+	$(CARGO) build --locked --release --bin moh-gateway --example peers
 	ulimit -n 65536 2>/dev/null || ulimit -n $$(ulimit -Hn); target/release/examples/peers $(if $(QUICK),--quick)
 
-bench-growth: setup ## A request with more limits, keys, connections, nodes and threads, into docs/performance.md (5 min, and 8 for its build); FULL=1 takes 15, for 10,000,000 keys; CORES=N on a larger machine; QUICK=1 takes 2, and prints
-	$(CARGO) build --locked --profile bench --bin moh-gateway --example peers
+bench-growth: setup ## A request with more limits, keys, connections, nodes and threads, into docs/performance.md (5 min, and 12 for its build); FULL=1 takes 15, for 10,000,000 keys; CORES=N on a larger machine; QUICK=1 takes 2, and prints
+	$(CARGO) build --locked --release --bin moh-gateway --example peers
 	ulimit -n 65536 2>/dev/null || ulimit -n $$(ulimit -Hn); target/release/examples/peers growth $(if $(FULL),--full) $(if $(CORES),--cores $(CORES)) $(if $(QUICK),--quick)
 
-soak: setup ## MINUTES (10) at half load, with reloads and restarts of nodes: all answered, and memory as it was; into docs/performance.md (and 8 for its build)
-	$(CARGO) build --locked --profile bench --bin moh-gateway --example peers
+soak: setup ## MINUTES (10) at half load, with reloads and restarts of nodes: all answered, and memory as it was; into docs/performance.md (and 12 for its build)
+	$(CARGO) build --locked --release --bin moh-gateway --example peers
 	ulimit -n 65536 2>/dev/null || ulimit -n $$(ulimit -Hn); target/release/examples/peers soak --minutes $(or $(MINUTES),10)
 
 fuzz: setup ## The readers and the paths, for SECONDS (60) each, with cargo-fuzz on a nightly toolchain

@@ -135,8 +135,7 @@ pub struct Holding {
     pub total: i64,
 }
 
-/// Octets of a body that may be held at most. With a read's worth over it, it stays within Pingora's replay buffer of 64 KiB,
-/// which forgets all it has when it overflows.
+/// Octets of a body that may be held at most.
 pub const MOST_HELD: usize = 48 * 1024;
 
 impl Holding {

@@ -6,7 +6,7 @@
 //! say nothing of who asks. Of what is answered, [`head`] lets through what does no harm under our name, and a [`Counter`]
 //! holds the body to a size and a time. No redirect is followed, and nothing is kept: the octets pass as they come.
 //!
-//! But for the resolver, all of this is without a socket; `gateway/download.rs` has Pingora do it.
+//! But for the resolver, all of this is without a socket; `gateway/download.rs` has it done.
 
 mod answer;
 mod target;

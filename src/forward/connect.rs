@@ -87,6 +87,20 @@ impl Tls {
         Ok(Arc::new(Self { config: Arc::new(config), name: server, digest: hasher.finish128().into() }))
     }
 
+    /// TLS as a configuration has it, to a server that has a certificate for `name`. Of two with one `digest` name and configuration
+    /// must be the same.
+    ///
+    /// # Errors
+    /// The name is none.
+    pub fn by(config: Arc<ClientConfig>, name: &str, digest: u64) -> Result<Arc<Self>, String> {
+        let server = ServerName::try_from(name.to_owned()).map_err(|e| format!("the name cannot be used: {e}"))?;
+        let mut hasher = hasher();
+        hasher.write_u64(digest);
+        add(&mut hasher, name.as_bytes());
+        config.alpn_protocols.hash(&mut hasher);
+        Ok(Arc::new(Self { config, name: server, digest: hasher.finish128().into() }))
+    }
+
     /// Stands for all that it is made of, within this process.
     pub fn digest(&self) -> u128 {
         self.digest

@@ -26,6 +26,10 @@ use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
 use tokio_rustls::server::TlsStream;
 
+/// Octets of a body that may be on their way on a stream of HTTP/2, and on a connection: what may have to be held of it.
+const STREAM_WINDOW: u32 = 64 * 1024;
+const CONNECTION_WINDOW: u32 = 512 * 1024;
+
 /// How long a client of HTTP/2 may take to hear that its connection ends.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -188,7 +192,8 @@ impl<R: Rules> Serving<R> {
             let mut serve = http1::Builder::new();
             // As for fields, hyper takes 100 of them.
             serve.max_buf_size(MAX_HEAD);
-            let mut serving = pin!(serve.serve_connection(TokioIo::new(stream), service));
+            // In a place of its own: a task would have room for the stream twice.
+            let mut serving = Box::pin(serve.serve_connection(TokioIo::new(stream), service));
             poll_fn(|cx| {
                 if serving.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(());
@@ -211,9 +216,9 @@ impl<R: Rules> Serving<R> {
         serve
             .max_concurrent_streams(self.http2.max_streams)
             .max_header_list_size(self.http2.max_header_list)
-            .initial_stream_window_size(256 * 1024)
-            .initial_connection_window_size(1024 * 1024);
-        let mut serving = pin!(serve.serve_connection(TokioIo::new(stream), service));
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW);
+        let mut serving = Box::pin(serve.serve_connection(TokioIo::new(stream), service));
         let idle = self.is_idle_for(keepalive);
         tokio::select! {
             biased;

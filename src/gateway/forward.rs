@@ -38,9 +38,7 @@ impl NodeTlsForms {
         if let Some(form) = self.0.load().get(&key) {
             return Ok(form.clone());
         }
-        let identity = tls.identity.as_ref().map(|(chain, key)| (&chain[..], &key[..]));
-        let protocol = if http2 { Protocol::Http2 } else { Protocol::Http1 };
-        let form = Tls::new(&tls.roots, identity, &tls.name, protocol)?;
+        let form = Tls::by(tls.client.clone(), &tls.name, tls.digest)?;
         self.0.rcu(|forms| {
             // Those of earlier configurations go when there are many.
             let kept = if forms.len() < 1024 { (**forms).clone() } else { HashMap::new() };

@@ -168,6 +168,10 @@ async fn fill(
     let deadline = session.body.until();
     let mut need = 0;
     loop {
+        if session.body_is_in() && !held.octets().is_empty() {
+            // Whether it is enough is seen when it is read.
+            return Ok(());
+        }
         if held.octets().len() >= need {
             match endpoint.read(&head(&session.head, reading.parameter), held.octets()) {
                 Ok(_) => return Ok(()),

@@ -31,7 +31,7 @@ use tokio::time::Sleep;
 const LONGEST: Duration = Duration::from_secs(366 * 86_400);
 
 /// Octets of a request head at most.
-pub(super) const MAX_HEAD: usize = 64 * 1024;
+pub(super) const MAX_HEAD: usize = 16 * 1024;
 
 /// Octets that an HTTP/2 connection begins with (RFC 9113 §3.4): its preface and the head of a SETTINGS frame.
 const H2_PREFACE: usize = 24 + 9;
@@ -525,15 +525,11 @@ impl<T: Transport> FederationStream<T> {
                         Poll::Ready(()) => {
                             let first = *octets == 0;
                             *octets += buf.filled().len() - before;
-                            if *octets <= MAX_HEAD {
-                                // Most heads come whole, and need no clock.
-                                if first && self.connection.keepalive.load(Ordering::Relaxed) > 0 {
-                                    self.clock.stop();
-                                }
-                                return Poll::Ready(Ok(()));
+                            // Most heads come whole, and need no clock.
+                            if first && self.connection.keepalive.load(Ordering::Relaxed) > 0 {
+                                self.clock.stop();
                             }
-                            buf.set_filled(before);
-                            self.refuse(&Refusal::BadHttp("the request head is larger than 64 KiB"));
+                            return Poll::Ready(Ok(()));
                         }
                         Poll::Pending => {
                             if *octets > 0 && !self.clock.is_set() {
@@ -583,8 +579,12 @@ impl<T: Transport> AsyncWrite for FederationStream<T> {
         let this = self.get_mut();
         // What is written before a head was in is hyper's page for what it could not read.
         if this.awaits_head() {
-            if matches!(this.head, Head::Reading { .. }) {
-                this.refuse(&Refusal::BadHttp("the request head cannot be read, or its fields are too many"));
+            if let Head::Reading { octets } = this.head {
+                // It is hyper that holds no more of one.
+                this.refuse(&Refusal::BadHttp(match octets {
+                    ..MAX_HEAD => "the request head cannot be read, or its fields are too many",
+                    _ => "the request head is larger than 16 KiB",
+                }));
             }
             let refusing = this.poll_refusing(cx);
             ready!(this.timed(cx, refusing))?;

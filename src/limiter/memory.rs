@@ -102,13 +102,16 @@ type Spots = SmallVec<[Spot; 12]>;
 // === impl Shard ===
 
 impl Shard {
-    /// Free buckets. The system gives their memory page by page, as it is used.
+    /// Free buckets. All their memory is there from the start, where the system can give it: else it comes page by page, and a
+    /// request would wait for one to be cleared.
     fn new(octets: usize) -> std::io::Result<Self> {
         let table = MmapMut::map_anon(octets)?;
         // In large pages a check of a table that is in no cache takes two thirds of the time (docs/limits.md): what else has
         // to be fetched is the page tables. Where there are none it works without.
         #[cfg(target_os = "linux")]
         let _ = table.advise(memmap2::Advice::HugePage);
+        #[cfg(target_os = "linux")]
+        let _ = table.advise(memmap2::Advice::PopulateWrite);
         Ok(Self { table, seen: 0, full_until: 0 })
     }
 

@@ -331,7 +331,7 @@ mod tests {
             .with_no_client_auth();
         client.alpn_protocols = protocols;
         let tls =
-            NodeTls { name: "localhost".into(), roots: vec![], identity: None, client: Arc::new(client), digest: 1 };
+            NodeTls { name: "localhost".into(), client: Arc::new(client), digest: 1 };
         (TlsAcceptor::from(Arc::new(server)), tls)
     }
 

@@ -60,8 +60,6 @@ pub(super) fn tls_of_nobody(digest: u64) -> NodeTls {
         .with_no_client_auth();
     NodeTls {
         name: "ds.internal".into(),
-        roots: vec![],
-        identity: Some((vec![], vec![9, 9, 9])),
         client: Arc::new(client),
         digest,
     }

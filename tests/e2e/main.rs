@@ -13,6 +13,7 @@ mod support;
 
 mod abuse;
 mod command_line;
+mod data_path;
 mod download;
 mod egress;
 mod federation;

@@ -43,7 +43,7 @@ impl Resolver<'_> {
             connect: table.connect_timeout.0,
             idle: table.idle_timeout.0,
             allow_private: table.allow_private,
-            // The system's too: Pingora would have those of when it began.
+            // The system's too, as they are now.
             roots: trusted.trust.certificates().iter().map(|der| der.to_vec()).collect(),
         })
     }

@@ -62,7 +62,7 @@ impl Resolver<'_> {
                 timeout: table.discovery_timeout.0,
                 allow_private: table.allow_private,
             },
-            // The system's too: Pingora would have those of when it began.
+            // The system's too, as they are now.
             roots: trusted.trust.certificates().iter().map(|der| der.to_vec()).collect(),
             connect_timeout: table.connect_timeout.0,
             read_timeout: table.read_timeout.0,

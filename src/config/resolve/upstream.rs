@@ -163,7 +163,7 @@ impl Resolver<'_> {
                 return None;
             }
         };
-        // Pingora takes a first label with an underscore for one with a hyphen, and so for another name.
+        // A first label with an underscore is one with a hyphen to some who verify, and so another name.
         if ServerName::try_from(name.as_str()).is_err()
             || name.split('.').next().is_some_and(|first| first.contains('_'))
         {
@@ -177,8 +177,6 @@ impl Resolver<'_> {
             Roots::System => {}
             Roots::Files(files) => self.watched.extend(files.iter().cloned()),
         }
-        // The system's too: Pingora would have those of when it began.
-        let roots = trusted.trust.certificates().iter().map(|der| der.to_vec()).collect();
         let mut client = match tls::client_config((**trusted.trust.roots()).clone(), identity.clone()) {
             Ok(client) => client,
             Err(e) => {
@@ -191,7 +189,7 @@ impl Resolver<'_> {
             (identity.chain().iter().map(|der| der.to_vec()).collect::<Vec<_>>(), identity.key_der().to_vec())
         });
         let digest = digest(&name, trusted.trust.digest(), identity.as_ref());
-        Some(NodeTls { name, roots, identity, client: Arc::new(client), digest })
+        Some(NodeTls { name, client: Arc::new(client), digest })
     }
 
     /// A certificate of ours that others are shown: both files, or none.
