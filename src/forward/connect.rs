@@ -213,7 +213,7 @@ pub(super) mod testing {
             method,
             target: "/path?query".parse().unwrap(),
             authority: "localhost:81".to_owned(),
-            fields: HeaderMap::new(),
+            fields: Vec::new(),
         }
     }
 

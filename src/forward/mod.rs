@@ -16,7 +16,7 @@ pub use pool::{Clients, Link};
 use crate::problem::Refusal;
 use crate::upstream::Target;
 use bytes::Bytes;
-use http::{HeaderMap, Method, response};
+use http::{HeaderName, HeaderValue, Method, response};
 use hyper::body::Frame;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -59,7 +59,7 @@ pub struct Head {
     /// Whom it is for, with a port where there is one: `Host`, or `:authority`.
     pub authority: String,
     /// The other fields: none of the connection's, nor `Host`, `Content-Length` or `Transfer-Encoding`.
-    pub fields: HeaderMap,
+    pub fields: Vec<(HeaderName, HeaderValue)>,
 }
 
 /// Where a request goes, and how.

@@ -1,5 +1,6 @@
 //! Answers of the gateway's own, at either door, and whom a request names.
 
+use super::fields::all;
 use crate::problem::Refusal;
 use bytes::Bytes;
 use http::request::Parts;
@@ -8,7 +9,7 @@ use http::{HeaderValue, Response, StatusCode, header};
 /// The one authority that a request names, with its port if it has one: `:authority`, or `Host`. Where both are there they are
 /// to be the same (RFC 9113 §8.3.1).
 pub(super) fn authority(request: &Parts) -> Result<&str, Refusal> {
-    let mut hosts = request.headers.get_all(header::HOST).iter();
+    let mut hosts = all(&request.headers, &header::HOST);
     let host = match (request.uri.authority(), hosts.next()) {
         (Some(authority), Some(host)) if !host.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes()) => {
             return Err(Refusal::BadHttp("Host is another than the target's authority"));

@@ -19,11 +19,13 @@ use pingora_core::server::ShutdownWatch;
 use prometheus::IntCounter;
 use rustls::HandshakeKind;
 use std::future::poll_fn;
+use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Poll, ready};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::server::TlsStream;
 
 /// Octets of a body that may be on their way on a stream of HTTP/2, and on a connection: what may have to be held of it.
@@ -76,8 +78,8 @@ impl Door {
         listener: &ListenerTls,
         client: SocketAddr,
         deadline: Instant,
-    ) -> Option<TlsStream<Stream>> {
-        let handshake = tokio::time::timeout_at(deadline.into(), listener.acceptor.accept(stream)).await;
+    ) -> Option<TlsStream<Direct>> {
+        let handshake = tokio::time::timeout_at(deadline.into(), listener.acceptor.accept(Direct(stream))).await;
         let result = |label| self.shared.metrics.handshakes.with_label_values(&[label]).inc();
         match handshake {
             Ok(Ok(stream)) => {
@@ -286,4 +288,45 @@ impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Patient
 pub(super) fn client_of(stream: &Stream) -> Option<SocketAddr> {
     let digest = stream.get_socket_digest()?;
     digest.peer_addr().and_then(|address| address.as_inet()).copied()
+}
+
+/// What Pingora accepted, where what is one piece is sent as one: rustls hands on whatever it has as a list, which costs the kernel
+/// more than a piece does.
+pub(super) struct Direct(Stream);
+
+impl AsyncRead for Direct {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Direct {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().0).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let stream = Pin::new(&mut self.get_mut().0);
+        let mut filled = bufs.iter().filter(|buf| !buf.is_empty());
+        match (filled.next(), filled.next()) {
+            (Some(one), None) => stream.poll_write(cx, one),
+            _ => stream.poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_shutdown(cx)
+    }
 }

@@ -256,9 +256,11 @@ impl Rules for Egress {
     fn head(&self, session: &mut Session, ctx: &mut Outgoing) -> Result<Head, Refusal> {
         let (Some(endpoint), Some(found)) = (ctx.endpoint, &ctx.found) else { return Err(Refusal::Internal) };
         // What is known inside stays inside.
-        let is_dropped = |name: &http::HeaderName| fields::is_ours_to_say(name, &ctx.live.fields);
+        let is_dropped = |name: &http::HeaderName, _: &HeaderValue| {
+            *name == header::CONTENT_TYPE || fields::is_ours_to_say(name, &ctx.live.fields)
+        };
         let mut kept = fields::kept(&session.head.headers, is_dropped, 1);
-        kept.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        kept.push((header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream")));
         Ok(Head {
             method: session.head.method.clone(),
             target: PathAndQuery::from_static(endpoint.path),

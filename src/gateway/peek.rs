@@ -1,6 +1,7 @@
 //! Peek: reading just enough of a body to decide, within its time and within what may be held.
 
 use super::answer;
+use super::fields::all;
 use super::live::Live;
 use super::session::{Body, Session};
 use crate::config::host_of;
@@ -68,11 +69,11 @@ impl Held {
 
 /// A body must be octets as they are: a coding would let the Delivery Service read others than the gateway did.
 fn check_content(request: &Parts, endpoint: &Endpoint) -> Result<(), Refusal> {
-    if request.headers.contains_key(header::CONTENT_ENCODING) {
+    if all(&request.headers, &header::CONTENT_ENCODING).next().is_some() {
         return Err(Refusal::WrongContentType { accept: endpoint.content_type });
     }
     let wrong = Refusal::WrongContentType { accept: endpoint.content_type };
-    let mut types = request.headers.get_all(header::CONTENT_TYPE).iter();
+    let mut types = all(&request.headers, &header::CONTENT_TYPE);
     match (endpoint.content_type, types.next(), types.next()) {
         (None, _, None) => Ok(()),
         (Some(wanted), Some(said), None) => {
@@ -85,7 +86,7 @@ fn check_content(request: &Parts, endpoint: &Endpoint) -> Result<(), Refusal> {
 
 /// What an endpoint's reader takes of a head. `parameter` is the path's, decoded.
 pub(super) fn head<'a>(request: &'a Parts, parameter: &'a str) -> Head<'a> {
-    let mut from = request.headers.get_all(header::FROM).iter();
+    let mut from = all(&request.headers, &header::FROM);
     let from = match (from.next(), from.next()) {
         (Some(one), None) => Some(one.as_bytes()),
         _ => None,
@@ -95,18 +96,18 @@ pub(super) fn head<'a>(request: &'a Parts, parameter: &'a str) -> Head<'a> {
 
 /// The one length that the request says its body has.
 pub(super) fn content_length(request: &Parts) -> Option<u64> {
-    request.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+    all(&request.headers, &header::CONTENT_LENGTH).next()?.to_str().ok()?.parse().ok()
 }
 
 /// A request is framed in one way that every server reads alike, and takes none of the fields away that we checked.
 pub(super) fn check_framing(request: &Parts) -> Result<(), Refusal> {
-    let all = |name| request.headers.get_all(name).iter();
+    let all = |name| all(&request.headers, name);
     let digits = |value: &HeaderValue| !value.is_empty() && value.as_bytes().iter().all(u8::is_ascii_digit);
-    if all(header::CONTENT_LENGTH).count() > 1 || !all(header::CONTENT_LENGTH).all(digits) {
+    if all(&header::CONTENT_LENGTH).count() > 1 || !all(&header::CONTENT_LENGTH).all(digits) {
         return Err(Refusal::BadHttp("Content-Length is not one number"));
     }
-    if !all(header::TRANSFER_ENCODING).all(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked"))
-        || all(header::TRANSFER_ENCODING).count() > 1
+    if !all(&header::TRANSFER_ENCODING).all(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked"))
+        || all(&header::TRANSFER_ENCODING).count() > 1
     {
         return Err(Refusal::BadHttp("Transfer-Encoding is not chunked alone"));
     }
@@ -116,7 +117,7 @@ pub(super) fn check_framing(request: &Parts) -> Result<(), Refusal> {
             .iter()
             .any(|known| token.trim_ascii().eq_ignore_ascii_case(known))
     };
-    if !all(header::CONNECTION).all(|value| value.as_bytes().split(|b| *b == b',').all(known)) {
+    if !all(&header::CONNECTION).all(|value| value.as_bytes().split(|b| *b == b',').all(known)) {
         return Err(Refusal::BadHttp("Connection names a field that is not of the connection"));
     }
     Ok(())

@@ -94,7 +94,7 @@ enum Slot {
     Overflow,
 }
 
-type Guards<'a, L> = SmallVec<[<L as Locks>::Guard<'a, Shard>; 8]>;
+type Guards<'a, L> = SmallVec<[<L as Locks>::Guard<'a, Shard>; 12]>;
 
 /// Where the keys of a request belong, in their order.
 type Spots = SmallVec<[Spot; 12]>;

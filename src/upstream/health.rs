@@ -330,8 +330,7 @@ mod tests {
             .with_root_certificates(roots)
             .with_no_client_auth();
         client.alpn_protocols = protocols;
-        let tls =
-            NodeTls { name: "localhost".into(), client: Arc::new(client), digest: 1 };
+        let tls = NodeTls { name: "localhost".into(), client: Arc::new(client), digest: 1 };
         (TlsAcceptor::from(Arc::new(server)), tls)
     }
 

@@ -58,11 +58,7 @@ pub(super) fn tls_of_nobody(digest: u64) -> NodeTls {
         .unwrap()
         .with_root_certificates(rustls::RootCertStore::empty())
         .with_no_client_auth();
-    NodeTls {
-        name: "ds.internal".into(),
-        client: Arc::new(client),
-        digest,
-    }
+    NodeTls { name: "ds.internal".into(), client: Arc::new(client), digest }
 }
 
 /// Keeps what it is told.
