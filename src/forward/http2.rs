@@ -10,11 +10,13 @@ use h2::{Reason, RecvStream, SendStream};
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Method, Request, StatusCode, Uri, Version, header, response};
 use hyper::body::Frame;
+use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep};
 
@@ -89,6 +91,7 @@ impl Connection {
     pub(super) async fn new(stream: http1::Stream, https: bool, streams: usize) -> Result<Self, h2::Error> {
         // Else a few answers that nobody takes would hold up all others on the connection.
         let all = u32::try_from(streams).unwrap_or(u32::MAX).saturating_mul(STREAM_WINDOW);
+        let gone = Arc::new(AtomicBool::new(false));
         let handshake = Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(all.clamp(CONNECTION_WINDOW, MAX_WINDOW))
@@ -98,10 +101,9 @@ impl Connection {
             .reset_stream_duration(REMEMBER_RESET)
             .max_local_error_reset_streams(Some(MOST_ERRORS))
             .enable_push(false)
-            .handshake::<_, Bytes>(stream);
+            .handshake::<_, Bytes>(LastWords { stream, gone: gone.clone(), has_failed: false, clock: None });
         let (send, connection) = handshake.await?;
         let (alive, left) = oneshot::channel();
-        let gone = Arc::new(AtomicBool::new(false));
         let ended = Ended(gone.clone());
         tokio::spawn(async move {
             let _ended = ended;
@@ -148,6 +150,91 @@ impl Connection {
     pub(super) fn is_idle_for(&self, time: Duration) -> bool {
         self.0.under_way.load(Ordering::Acquire) == 0
             && Duration::from_millis(millis().saturating_sub(self.0.idle_since.load(Ordering::Relaxed))) >= time
+    }
+}
+
+/// A connection on which a write that fails is no error before all is read that the other side has said: one that is closed
+/// behind a GOAWAY would else be one that broke off, and nobody would know which requests were left untouched.
+struct LastWords {
+    stream: http1::Stream,
+    gone: Arc<AtomicBool>,
+    has_failed: bool,
+    clock: Option<Pin<Box<Sleep>>>,
+}
+
+/// How long may pass until the end of a connection is seen that takes no more.
+const LAST_READ: Duration = Duration::from_secs(1);
+
+impl LastWords {
+    /// What comes of writing so many octets.
+    fn written(
+        &mut self,
+        cx: &mut Context<'_>,
+        octets: usize,
+        written: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        let Poll::Ready(Err(e)) = written else { return written };
+        tracing::debug!("a connection of HTTP/2 takes no more: {e}");
+        self.has_failed = true;
+        self.gone.store(true, Ordering::Release);
+        // What is to be read is read next.
+        cx.waker().wake_by_ref();
+        Poll::Ready(Ok(octets))
+    }
+}
+
+impl AsyncRead for LastWords {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let read = Pin::new(&mut this.stream).poll_read(cx, buf);
+        if !this.has_failed || read.is_ready() {
+            return read;
+        }
+        let clock = this.clock.get_or_insert_with(|| Box::pin(tokio::time::sleep(LAST_READ)));
+        clock.as_mut().poll(cx).map(|()| Err(io::ErrorKind::BrokenPipe.into()))
+    }
+}
+
+impl AsyncWrite for LastWords {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        if this.has_failed {
+            return Poll::Ready(Ok(buf.len()));
+        }
+        let written = Pin::new(&mut this.stream).poll_write(cx, buf);
+        this.written(cx, buf.len(), written)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let octets = bufs.iter().map(|buf| buf.len()).sum();
+        if this.has_failed {
+            return Poll::Ready(Ok(octets));
+        }
+        let written = Pin::new(&mut this.stream).poll_write_vectored(cx, bufs);
+        this.written(cx, octets, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.has_failed {
+            return Poll::Ready(Ok(()));
+        }
+        let flushed = Pin::new(&mut this.stream).poll_flush(cx).map_ok(|()| 0);
+        this.written(cx, 0, flushed).map_ok(drop)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.has_failed { Poll::Ready(Ok(())) } else { Pin::new(&mut this.stream).poll_shutdown(cx) }
     }
 }
 

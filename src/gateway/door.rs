@@ -254,14 +254,14 @@ impl<R: Rules> Serving<R> {
         }
     }
 
-    /// Ends once no request has been under way for so long, or for as long again.
+    /// Ends once no request has been under way, and no answer waited for its client, for so long, or for half as long again.
     async fn is_idle_for(&self, keepalive: Duration) {
         let half = (keepalive / 2).max(Duration::from_millis(1));
         let mut quiet = 0;
-        let mut seen = self.connection.requests_so_far();
+        let mut seen = self.connection.so_far();
         while quiet < 2 {
             tokio::time::sleep(half).await;
-            let now = self.connection.requests_so_far();
+            let now = self.connection.so_far();
             quiet = if self.connection.is_busy() || now != seen { 0 } else { quiet + 1 };
             seen = now;
         }

@@ -165,6 +165,11 @@ async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>
         let body_was_in = exchange.source().is_done();
         match answered {
             Ok(answer) => {
+                // hyper asks for nothing of an empty body, and to leave its end unread is to reset the node's stream.
+                let is_empty = answer.headers.get(header::CONTENT_LENGTH).is_some_and(|length| length == "0");
+                if is_empty && !session.connection.h2 && !exchange.is_answered() {
+                    let _ = std::future::poll_fn(|cx| exchange.poll_frame(cx)).await;
+                }
                 under_way.peer = Some(peer);
                 return Ok(pass_on(&session, under_way, answer, body_was_in));
             }
@@ -320,6 +325,8 @@ pub(super) struct Answer<R: Rules> {
     what: What,
     /// How long its client may not read, over HTTP/2; over HTTP/1.1 the connection has a clock.
     patience: Option<Duration>,
+    /// When it has to be over, where that is said.
+    until: Option<Instant>,
     /// The last octet, where it goes by itself.
     last: Option<Bytes>,
     /// All that was left of it, which goes out with its end.
@@ -342,32 +349,48 @@ enum What {
 impl<R: Rules> Answer<R> {
     fn new(under_way: Box<UnderWay<R>>, what: What, session: &Session) -> Self {
         let patience = session.connection.h2.then(|| under_way.ctx.patience());
-        Self { under_way: Some(under_way), what, patience, last: None, awaits_end: None }
+        let until = under_way.ctx.until();
+        if let Some(until) = until {
+            session.connection.late_at(until);
+        }
+        Self { under_way: Some(under_way), what, patience, until, last: None, awaits_end: None }
     }
 
     /// One without a body.
     fn over(under_way: Box<UnderWay<R>>) -> Self {
         drop(under_way);
-        Self { under_way: None, what: What::Over, patience: None, last: None, awaits_end: None }
+        Self { under_way: None, what: What::Over, patience: None, until: None, last: None, awaits_end: None }
+    }
+
+    /// All of it has been given out. Over HTTP/2 its request is under way for as long as its client has no room for it.
+    fn is_over(&mut self) {
+        self.what = What::Over;
+        if self.patience.is_none() {
+            self.under_way = None;
+        }
     }
 
     /// From now on it is its client that is waited for.
     fn wait_for_client(&self) {
         if let Some(patience) = self.patience {
-            DEADLINE.set(Some(Instant::now() + patience));
+            let until = Instant::now() + patience;
+            DEADLINE.set(Some(self.until.map_or(until, |late| until.min(late))));
         }
     }
 
     fn poll_passing(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Gone>>> {
         if let Some(last) = self.last.take() {
-            // A moment later, so that it waits until its client has room for all before it.
-            self.under_way = None;
-            self.what = What::Over;
+            // A moment later, so that its task waits until its client has room for all before it.
+            self.is_over();
             return Poll::Ready(Some(Ok(Frame::data(last))));
         }
         let Some(under_way) = &mut self.under_way else { return Poll::Ready(None) };
         let Some(exchange) = &mut under_way.exchange else { return Poll::Ready(None) };
         let frame = match exchange.poll_frame(cx) {
+            // However much of it comes.
+            Poll::Ready(Some(Ok(_))) if self.until.is_some_and(|until| until < Instant::now()) => {
+                Some(Err(Error::ReadTimedOut))
+            }
             Poll::Pending if is_late(&mut under_way.late, cx) => Some(Err(Error::ReadTimedOut)),
             frame => ready!(frame),
         };
@@ -403,8 +426,7 @@ impl<R: Rules> Answer<R> {
                         }
                         if is_over {
                             under_way.end();
-                            self.under_way = None;
-                            self.what = What::Over;
+                            self.is_over();
                         }
                         return Poll::Ready(Some(Ok(frame)));
                     }
@@ -413,8 +435,7 @@ impl<R: Rules> Answer<R> {
             }
             None => {
                 under_way.end();
-                self.under_way = None;
-                self.what = What::Over;
+                self.is_over();
                 return Poll::Ready(self.awaits_end.take().map(|data| Ok(Frame::data(data))));
             }
             Some(Err(Error::ReadTimedOut | Error::WriteTimedOut)) => Some(Refusal::GatewayTimeout),
@@ -448,8 +469,7 @@ impl<R: Rules> Body for Answer<R> {
             What::Own(body) => {
                 let body = std::mem::take(body);
                 this.wait_for_client();
-                this.what = What::Over;
-                this.under_way = None;
+                this.is_over();
                 Poll::Ready(Some(Ok(Frame::data(body))))
             }
             What::Passes { .. } => {

@@ -470,6 +470,9 @@ impl Rules for Gateway {
             }
             return Failed::Refuse(forward::without_an_answer(e).of_a_download(true));
         }
+        if let (Some(node), false) = (&ctx.node, matches!(e, Error::Stopped(_))) {
+            tracing::warn!(node = %node.label(), "no answer from a Delivery Service node: {e}");
+        }
         // Otherwise the Delivery Service may have begun to process it.
         if matches!(e, Error::Untouched) {
             ctx.unkeep_token();

@@ -31,7 +31,7 @@ use tokio::time::Sleep;
 const LONGEST: Duration = Duration::from_secs(366 * 86_400);
 
 /// Octets of a request head at most.
-pub(super) const MAX_HEAD: usize = 16 * 1024;
+pub(super) const MAX_HEAD: usize = 64 * 1024;
 
 /// Octets that an HTTP/2 connection begins with (RFC 9113 §3.4): its preface and the head of a SETTINGS frame.
 const H2_PREFACE: usize = 24 + 9;
@@ -78,6 +78,11 @@ pub(super) struct Connection {
     /// For how long it may wait for a further request, in milliseconds.
     keepalive: AtomicU64,
     linger: AtomicBool,
+    /// A write waits (HTTP/2, where what was answered is written after its request is over).
+    is_writing: AtomicBool,
+    /// When the answer that is under way has to be over, in milliseconds from `born`; 0: that is not said (HTTP/1.1).
+    late: AtomicU64,
+    born: Instant,
     /// Requests under way on it, and all so far.
     requests: AtomicUsize,
     so_far: AtomicUsize,
@@ -193,6 +198,9 @@ impl Connection {
             phase: AtomicU8::new(Phase::Head as u8),
             keepalive: AtomicU64::new(0),
             linger: AtomicBool::new(false),
+            is_writing: AtomicBool::new(false),
+            late: AtomicU64::new(0),
+            born: Instant::now(),
             requests: AtomicUsize::new(0),
             so_far: AtomicUsize::new(0),
             open,
@@ -218,6 +226,9 @@ impl Connection {
             phase: AtomicU8::new(Phase::Head as u8),
             keepalive: AtomicU64::new(0),
             linger: AtomicBool::new(false),
+            is_writing: AtomicBool::new(false),
+            late: AtomicU64::new(0),
+            born: Instant::now(),
             requests: AtomicUsize::new(0),
             so_far: AtomicUsize::new(0),
             open,
@@ -254,6 +265,7 @@ impl Connection {
     /// The head of a request is in; the connection may wait for so long for another, once this one is over.
     pub(super) fn begin(self: &Arc<Self>, keepalive: Duration) -> OnIt {
         self.linger.store(false, Ordering::Relaxed);
+        self.late.store(0, Ordering::Relaxed);
         self.keepalive.store(u64::try_from(keepalive.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.so_far.fetch_add(1, Ordering::Relaxed);
@@ -261,14 +273,20 @@ impl Connection {
         OnIt(self.clone())
     }
 
+    /// The answer that is under way has to be over by then, however slowly its client reads.
+    pub(super) fn late_at(&self, until: Instant) {
+        let after = u64::try_from(until.saturating_duration_since(self.born).as_millis()).unwrap_or(u64::MAX);
+        self.late.store(after.max(1), Ordering::Relaxed);
+    }
+
     /// How many requests there were on it.
-    pub(super) fn requests_so_far(&self) -> usize {
+    pub(super) fn so_far(&self) -> usize {
         self.so_far.load(Ordering::Relaxed)
     }
 
-    /// Requests are under way on it.
+    /// Requests are under way on it, or what was answered waits for its client.
     pub(super) fn is_busy(&self) -> bool {
-        self.requests.load(Ordering::Relaxed) > 0
+        self.requests.load(Ordering::Relaxed) > 0 || self.is_writing.load(Ordering::Relaxed)
     }
 
     /// Its answer has broken off: it is not to look as if it were whole.
@@ -430,12 +448,21 @@ impl<T: Transport> FederationStream<T> {
 
     /// What comes of a write: one that stands still has its time.
     fn timed<R>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<R>>) -> Poll<io::Result<R>> {
+        let connection = &self.connection;
+        if connection.h2 {
+            connection.is_writing.store(written.is_pending(), Ordering::Relaxed);
+        }
         if written.is_ready() {
             self.write_clock.stop();
             return written;
         }
         if !self.write_clock.is_set() {
-            self.write_clock.set(Instant::now() + self.write_timeout);
+            let until = Instant::now() + self.write_timeout;
+            let late = match connection.late.load(Ordering::Relaxed) {
+                0 => until,
+                after => connection.born + Duration::from_millis(after),
+            };
+            self.write_clock.set(until.min(late));
         }
         ready!(self.write_clock.poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
@@ -583,7 +610,7 @@ impl<T: Transport> AsyncWrite for FederationStream<T> {
                 // It is hyper that holds no more of one.
                 this.refuse(&Refusal::BadHttp(match octets {
                     ..MAX_HEAD => "the request head cannot be read, or its fields are too many",
-                    _ => "the request head is larger than 16 KiB",
+                    _ => "the request head is larger than 64 KiB",
                 }));
             }
             let refusing = this.poll_refusing(cx);

@@ -99,19 +99,24 @@ type Guards<'a, L> = SmallVec<[<L as Locks>::Guard<'a, Shard>; 12]>;
 /// Where the keys of a request belong, in their order.
 type Spots = SmallVec<[Spot; 12]>;
 
+/// Octets of a table whose memory comes at once, at most: a larger one is exchanged for another at a reload, and both would be there.
+const MOST_AT_ONCE: usize = 256 << 20;
+
 // === impl Shard ===
 
 impl Shard {
-    /// Free buckets. All their memory is there from the start, where the system can give it: else it comes page by page, and a
-    /// request would wait for one to be cleared.
-    fn new(octets: usize) -> std::io::Result<Self> {
+    /// Free buckets. Their memory is there from the start if it is to come `at_once` and the system can give it: else it comes page
+    /// by page, and a request waits for one to be cleared.
+    fn new(octets: usize, at_once: bool) -> std::io::Result<Self> {
         let table = MmapMut::map_anon(octets)?;
         // In large pages a check of a table that is in no cache takes two thirds of the time (docs/limits.md): what else has
         // to be fetched is the page tables. Where there are none it works without.
         #[cfg(target_os = "linux")]
         let _ = table.advise(memmap2::Advice::HugePage);
         #[cfg(target_os = "linux")]
-        let _ = table.advise(memmap2::Advice::PopulateWrite);
+        if at_once {
+            let _ = table.advise(memmap2::Advice::PopulateWrite);
+        }
         Ok(Self { table, seen: 0, full_until: 0 })
     }
 
@@ -188,7 +193,8 @@ impl<L: Locks> Memory<L> {
         let (large, small) = (budget / (LARGE + lock), budget / (SMALL + lock));
         let shards = if large >= 64 { large } else { small }.clamp(1, shards);
         let octets = ((budget / shards).saturating_sub(lock) / PAGE).max(1) * PAGE;
-        let shards: std::io::Result<_> = (0..shards).map(|_| Ok(L::mutex(Shard::new(octets)?))).collect();
+        let at_once = octets.saturating_mul(shards) <= MOST_AT_ONCE;
+        let shards: std::io::Result<_> = (0..shards).map(|_| Ok(L::mutex(Shard::new(octets, at_once)?))).collect();
         let buckets = octets / size_of::<Bucket>();
         Ok(Self { shards: shards?, overflow: L::mutex(HashMap::new()), buckets, overflowed })
     }

@@ -717,8 +717,11 @@ async fn an_answer_that_comes_before_its_request_is_in() {
         let heard = in_time(read_message(&mut read)).await.unwrap();
         assert_eq!(heard.status(), 413, "goes on: {goes_on}: {}", heard.head);
         assert_eq!(heard.body, b"enough");
-        assert_eq!(field(&heard.head, "connection"), Some("close"), "goes on: {goes_on}: {}", heard.head);
-        reads_to_end(&mut read, "it is not told the end").await;
+        match field(&heard.head, "connection") {
+            Some("close") => reads_to_end(&mut read, "it is not told the end").await,
+            // All of it was taken before the node's answer was seen: another request may follow.
+            other => assert!(goes_on && other.is_none(), "goes on: {goes_on}: {}", heard.head),
+        }
         writer.abort();
     }
     let lines = gateway.access_log(2).await;
