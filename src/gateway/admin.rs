@@ -37,7 +37,12 @@ impl ServeHttp for Admin {
         if request.method != http::Method::GET && request.method != http::Method::HEAD {
             return not_allowed("GET, HEAD");
         }
+        // This listener may be there before the others.
+        let opening = self.shared.opening.load(Ordering::Relaxed) > 0;
         match request.uri.path() {
+            "/healthz" | "/readyz" if opening => {
+                text(StatusCode::SERVICE_UNAVAILABLE, "text/plain", b"starting\n".to_vec())
+            }
             "/healthz" => text(StatusCode::OK, "text/plain", b"ok\n".to_vec()),
             "/readyz" => match self.ready().await {
                 Ok(nodes) => text(StatusCode::OK, "text/plain", format!("ready: {nodes} nodes accept\n").into_bytes()),

@@ -52,7 +52,7 @@ use http::request::Parts;
 use http::{HeaderValue, Response, header, response};
 use live::Live;
 use session::Session;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 use stream::Connection;
@@ -80,6 +80,8 @@ struct Shared {
     succeeded: AtomicBool,
     /// How many threads serve a listener.
     threads: tokio::sync::watch::Sender<usize>,
+    /// How many listeners do not listen yet.
+    opening: Arc<AtomicUsize>,
 }
 
 /// What is done with other providers' requests.

@@ -129,7 +129,7 @@ fn watch(
     let mut succeeded = false;
     loop {
         match phases.blocking_recv() {
-            Ok(ExecutionPhase::Running) => say_ready(admin),
+            Ok(ExecutionPhase::Running) => say_ready(shared, admin),
             Ok(ExecutionPhase::GracefulUpgradeCloseTimeout) => {
                 succeeded = true;
                 shared.succeeded.store(true, Ordering::Relaxed);
@@ -163,14 +163,18 @@ fn watch(
     std::process::exit(i32::from(failed));
 }
 
-/// `READY=1` and `MAINPID`, once the admin listener accepts: a successor is then the service.
-fn say_ready(admin: SocketAddr) {
+/// `READY=1` and `MAINPID`, once all listeners accept: a successor is then the service.
+fn say_ready(shared: &Shared, admin: SocketAddr) {
     let mut at = admin;
     if at.ip().is_unspecified() {
         at.set_ip(if at.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
     }
     let until = Instant::now() + Duration::from_secs(10);
-    while std::net::TcpStream::connect_timeout(&at, Duration::from_secs(1)).is_err() && Instant::now() < until {
+    let opens = || {
+        shared.opening.load(Ordering::Relaxed) > 0
+            || std::net::TcpStream::connect_timeout(&at, Duration::from_secs(1)).is_err()
+    };
+    while opens() && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(10));
     }
     let status = NotifyState::Status("generation 1 of the configuration");
@@ -350,6 +354,7 @@ fn server(
         draining: AtomicBool::new(false),
         succeeded: AtomicBool::new(false),
         threads: tokio::sync::watch::Sender::new(threads),
+        opening: Arc::default(),
     });
 
     let conf = ServerConf {
@@ -371,7 +376,7 @@ fn server(
             service.add_listener(ListenerConfig::tcp(address.to_owned()).l4_buffer(buffers));
         };
         let name = format!("federation {address}");
-        let service = Threads::new(name, address, door, listen, shared.threads.subscribe());
+        let service = Threads::new(name, address, door, listen, shared.threads.subscribe(), &shared.opening);
         server.add_service(service.map_err(|e| StartError::Io("runtime.threads", e))?);
     }
     if let Some(address) = egress {
@@ -381,7 +386,7 @@ fn server(
             service.add_listener(ListenerConfig::tcp(address.to_owned()).l4_buffer(buffers));
         };
         let name = format!("egress {address}");
-        let service = Threads::new(name, address, door, listen, shared.threads.subscribe());
+        let service = Threads::new(name, address, door, listen, shared.threads.subscribe(), &shared.opening);
         server.add_service(service.map_err(|e| StartError::Io("runtime.threads", e))?);
     }
     let mut keeper = background_service("nodes", NodeKeeper(shared.clone()));

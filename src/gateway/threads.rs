@@ -21,14 +21,18 @@ use std::net::SocketAddr;
 use std::os::fd::{IntoRawFd as _, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 /// How long a crew may take to see that it is to accept no more.
 const STOPS_WITHIN: Duration = Duration::from_secs(1);
+
+/// How long a listener may take until it listens. Whoever asks is told then that it does: it has been said why it does not.
+const OPENS_WITHIN: Duration = Duration::from_secs(10);
 
 /// A listener's service, on threads whose number may change.
 pub(super) struct Threads<A> {
@@ -38,6 +42,8 @@ pub(super) struct Threads<A> {
     /// Adds the listener to what Pingora makes of the application.
     listen: fn(&mut Service<Seat<A>>, &str),
     threads: watch::Receiver<usize>,
+    /// How many listeners do not listen yet; this is one of them until it does.
+    opening: Arc<AtomicUsize>,
     /// By how many threads they have.
     runtimes: HashMap<usize, Handle>,
 }
@@ -97,10 +103,22 @@ impl<A: ServerApp + Send + Sync + 'static> Threads<A> {
         app: A,
         listen: fn(&mut Service<Seat<A>>, &str),
         threads: watch::Receiver<usize>,
+        opening: &Arc<AtomicUsize>,
     ) -> Result<Self> {
         let first = *threads.borrow();
         let runtimes = HashMap::from([(first, runtime(first)?)]);
-        Ok(Self { name, address, app: Arc::new(app), listen, threads, runtimes })
+        opening.fetch_add(1, Ordering::Relaxed);
+        let opening = opening.clone();
+        Ok(Self { name, address, app: Arc::new(app), listen, threads, opening, runtimes })
+    }
+
+    /// Waits until the listener's socket is there: Pingora puts it into the table once it listens.
+    async fn listens(&self, fds: &ListenFds) {
+        let (address, until) = (self.address.to_string(), Instant::now() + OPENS_WITHIN);
+        while fds.lock().get(&address).is_none() && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        self.opening.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// A runtime of so many threads: one there is, or another.
@@ -151,6 +169,7 @@ impl<A: ServerApp + Send + Sync + 'static> pingora_core::services::Service for T
                 return;
             }
         };
+        self.listens(&fds).await;
         let mut told = false;
         loop {
             tokio::select! {
