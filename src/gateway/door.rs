@@ -159,7 +159,6 @@ impl ServerApp for Door {
 
     async fn cleanup(&self) {
         self.shared.leave_time().await;
-        self.shared.connections.close_all();
     }
 }
 

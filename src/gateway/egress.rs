@@ -81,7 +81,6 @@ impl ServerApp for EgressDoor {
 
     async fn cleanup(&self) {
         self.shared.leave_time().await;
-        self.shared.connections.close_all();
     }
 }
 
@@ -253,7 +252,7 @@ impl Rules for Egress {
         Ok(Some(answer::known("text/plain", domain)))
     }
 
-    fn head(&self, session: &mut Session, ctx: &mut Outgoing) -> Result<Head, Refusal> {
+    fn head(&self, session: &Session, ctx: &mut Outgoing) -> Result<Head, Refusal> {
         let (Some(endpoint), Some(found)) = (ctx.endpoint, &ctx.found) else { return Err(Refusal::Internal) };
         // What is known inside stays inside.
         let is_dropped = |name: &http::HeaderName, _: &HeaderValue| {
@@ -269,7 +268,7 @@ impl Rules for Egress {
         })
     }
 
-    async fn peer(&self, _: &Session, ctx: &mut Outgoing) -> Result<Peer, Refusal> {
+    async fn peer(&self, ctx: &mut Outgoing) -> Result<Peer, Refusal> {
         let (found, egress) = (ctx.found.clone().ok_or(Refusal::Internal)?, ctx.egress()?);
         let address = found.addresses.get(ctx.tried).filter(|_| ctx.tried < MOST_ADDRESSES);
         let address = *address.ok_or(Refusal::BadGateway)?;

@@ -62,10 +62,10 @@ pub(super) trait Rules: Send + Sync + Sized + 'static {
     ) -> impl Future<Output = Result<Option<Response<Bytes>>, Refusal>> + Send;
 
     /// What is sent, wherever it goes.
-    fn head(&self, session: &mut Session, ctx: &mut Self::Ctx) -> Result<Head, Refusal>;
+    fn head(&self, session: &Session, ctx: &mut Self::Ctx) -> Result<Head, Refusal>;
 
     /// Where it goes next.
-    fn peer(&self, session: &Session, ctx: &mut Self::Ctx) -> impl Future<Output = Result<Peer, Refusal>> + Send;
+    fn peer(&self, ctx: &mut Self::Ctx) -> impl Future<Output = Result<Peer, Refusal>> + Send;
 
     /// There is no connection. None: another place is asked for.
     fn unconnected(&self, error: &ConnectError, ctx: &mut Self::Ctx) -> Option<Refusal>;
@@ -134,13 +134,13 @@ pub(super) async fn serve<R: Rules>(
 }
 
 async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>) -> Result<Response<Answer<R>>, Gone> {
-    let head = match under_way.rules.head(&mut session, &mut under_way.ctx) {
+    let head = match under_way.rules.head(&session, &mut under_way.ctx) {
         Ok(head) => head,
         Err(refusal) => return Ok(refuse(&session, under_way, &refusal)),
     };
     for _ in 0..MOST_TRIES {
         let UnderWay { rules, ctx, .. } = &mut *under_way;
-        let peer = match rules.peer(&session, ctx).await {
+        let peer = match rules.peer(ctx).await {
             Ok(peer) => peer,
             Err(refusal) => return Ok(refuse(&session, under_way, &refusal)),
         };

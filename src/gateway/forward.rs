@@ -64,11 +64,6 @@ pub(super) fn peer(node: &Member, settings: &Settings, forms: &NodeTlsForms) -> 
     })
 }
 
-/// Whether a node does not take connections as it should: it is left out.
-pub(super) fn is_refusal(e: &ConnectError) -> bool {
-    !is_of_this_process(e)
-}
-
 /// Whether there is no connection for a reason of this process: it has no descriptor or port left.
 pub(super) fn is_of_this_process(e: &ConnectError) -> bool {
     matches!(e, ConnectError::OfThisProcess(_))

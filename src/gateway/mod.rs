@@ -382,7 +382,7 @@ impl Rules for Gateway {
         decided
     }
 
-    fn head(&self, session: &mut Session, ctx: &mut RequestContext) -> Result<Head, Refusal> {
+    fn head(&self, session: &Session, ctx: &mut RequestContext) -> Result<Head, Refusal> {
         if let Some(download) = &ctx.download {
             return Ok(download.head(&session.head.headers));
         }
@@ -400,7 +400,7 @@ impl Rules for Gateway {
         fields::head(&session.head, path, of, &ctx.live.fields, &learned, ctx.live.privacy_pass.is_some())
     }
 
-    async fn peer(&self, _: &Session, ctx: &mut RequestContext) -> Result<Peer, Refusal> {
+    async fn peer(&self, ctx: &mut RequestContext) -> Result<Peer, Refusal> {
         ctx.permit = None;
         if let Some(download) = &mut ctx.download {
             return download.peer(&ctx.live.timeouts).ok_or(Refusal::Download(Refused::Unreachable));
@@ -437,15 +437,14 @@ impl Rules for Gateway {
             return (!again).then(|| refusal.of_a_download(true));
         }
         let Some(node) = ctx.node.take() else { return Some(Refusal::Internal) };
-        if forward::is_refusal(e)
-            && let Some(settings) = &ctx.settings
-        {
+        // Where this process has no descriptor or port left, none is at fault, and none would do better.
+        let is_ours = forward::is_of_this_process(e);
+        if !is_ours && let Some(settings) = &ctx.settings {
             node.refused(settings, ctx.given_at);
         }
         tracing::warn!(node = %node.label(), "cannot connect to a Delivery Service node: {e}");
-        // Nothing was sent: the next node may have it. Where this process has no descriptor or port left, none is at fault, and
-        // none would do better.
-        forward::is_of_this_process(e).then_some(Refusal::BadGateway)
+        // Nothing was sent: the next node may have it.
+        is_ours.then_some(Refusal::BadGateway)
     }
 
     fn connected(&self, kept: bool, ctx: &mut RequestContext) {

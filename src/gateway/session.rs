@@ -3,12 +3,13 @@
 //! What is read of a body before the decision is held here and sent first; the rest goes on as it comes ([`Upload`]), within its
 //! bound and its times.
 
-use super::stream::Connection;
+use super::peek::content_length;
+use super::stream::{Clock, Connection};
 use crate::forward::{Source, Stop};
 use crate::problem::Refusal;
 use bytes::Bytes;
 use http::request::Parts;
-use http::{Request, Version, header};
+use http::{Request, Version};
 use hyper::body::{Body as _, Incoming};
 use std::error::Error as _;
 use std::io::ErrorKind;
@@ -16,7 +17,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
-use tokio::time::Sleep;
 
 /// A body's bounds: of octets, and of time.
 #[derive(Debug, Clone, Copy)]
@@ -104,14 +104,13 @@ impl Session {
     /// The body, to be sent on from its beginning. `idle` is how long more of it may take to come.
     pub(super) fn upload(&mut self, idle: Duration) -> Upload {
         let rest = self.rest.take();
-        let declared = self.head.headers.get(header::CONTENT_LENGTH);
         let length = match &rest {
             None => Some(self.held.len() as u64),
-            Some(_) => declared.and_then(|length| length.to_str().ok()?.parse().ok()),
+            Some(_) => content_length(&self.head),
         };
         let held = Some(self.held.clone()).filter(|held| !held.is_empty());
         let (h2, body, came) = (self.connection.h2, self.body, self.came);
-        Upload { held, rest, h2, length, body, idle, waiting: None, clock: None, came, taken: false }
+        Upload { held, rest, h2, length, body, idle, clock: Clock::default(), came, taken: false }
     }
 
     /// Takes a body back, to be sent from its beginning again; false: some of it is not held any more.
@@ -180,9 +179,8 @@ pub(super) struct Upload {
     length: Option<u64>,
     body: Body,
     idle: Duration,
-    /// Since when more of it is awaited.
-    waiting: Option<Instant>,
-    clock: Option<Pin<Box<Sleep>>>,
+    /// For more of it, while that is awaited.
+    clock: Clock,
     came: u64,
     /// Some of what is not held has been given out.
     taken: bool,
@@ -193,24 +191,6 @@ impl Upload {
     pub(super) fn came(&self) -> u64 {
         self.came
     }
-
-    /// When it, or more of it, is late.
-    fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let since = *self.waiting.get_or_insert_with(Instant::now);
-        let late = (since + self.idle).min(self.body.until);
-        let clock = self.clock.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(late.into())));
-        loop {
-            // One that was set for less than this is set again when it is over.
-            if clock.deadline() > late.into() {
-                clock.as_mut().reset(late.into());
-            }
-            ready!(clock.as_mut().poll(cx));
-            if Instant::now() >= late {
-                return Poll::Ready(());
-            }
-            clock.as_mut().reset(late.into());
-        }
-    }
 }
 
 impl Source for Upload {
@@ -219,12 +199,15 @@ impl Source for Upload {
             Some(held) => Some(Ok(held)),
             None => match poll_rest(&mut self.rest, self.h2, cx) {
                 Poll::Pending => {
-                    ready!(self.poll_late(cx));
+                    if !self.clock.is_set() {
+                        self.clock.set((Instant::now() + self.idle).min(self.body.until));
+                    }
+                    ready!(self.clock.poll(cx));
                     self.rest = None;
                     return Poll::Ready(Some(Err(Refusal::TooSlow.into())));
                 }
                 Poll::Ready(chunk) => {
-                    self.waiting = None;
+                    self.clock.stop();
                     if let Some(Ok(chunk)) = &chunk {
                         self.taken = true;
                         self.came += chunk.len() as u64;

@@ -194,6 +194,7 @@ impl Shared {
         while self.connections.count() > 0 && Instant::now() < until {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        self.connections.close_all();
     }
 
     /// Metrics of the store of a fleet, which may come with a reload.

@@ -179,32 +179,17 @@ impl Connection {
         says_tls: bool,
         open: prometheus::IntGauge,
     ) -> Self {
-        open.inc();
         let chain: Vec<_> =
             session.peer_certificates().unwrap_or_default().iter().map(|der| der.clone().into_owned()).collect();
-        Self {
-            client,
-            forwarded_for: forwarded_for(client.ip()).into(),
-            sni: session.server_name().map(str::to_owned),
-            identity: chain.first().map(tls::identity),
-            h2: session.alpn_protocol() == Some(b"h2"),
-            listener,
-            trust: of.trust,
-            until: chain.first().and_then(tls::not_after),
-            chain,
-            tls: says_tls.then(|| negotiated(session).into()),
-            ends: AtomicU8::new(0),
-            waits: AtomicWaker::new(),
-            phase: AtomicU8::new(Phase::Head as u8),
-            keepalive: AtomicU64::new(0),
-            linger: AtomicBool::new(false),
-            is_writing: AtomicBool::new(false),
-            late: AtomicU64::new(0),
-            born: Instant::now(),
-            requests: AtomicUsize::new(0),
-            so_far: AtomicUsize::new(0),
-            open,
-        }
+        let mut connection = Self::plain(client, listener, open);
+        connection.sni = session.server_name().map(str::to_owned);
+        connection.identity = chain.first().map(tls::identity);
+        connection.h2 = session.alpn_protocol() == Some(b"h2");
+        connection.trust = of.trust;
+        connection.until = chain.first().and_then(tls::not_after);
+        connection.chain = chain;
+        connection.tls = says_tls.then(|| negotiated(session).into());
+        connection
     }
 
     /// A connection without TLS, of a node of this provider.
@@ -335,26 +320,26 @@ impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Transport for T {}
 
 /// A clock that is wound as seldom as can be: most of what it is for comes long before.
 #[derive(Default)]
-struct Clock {
+pub(super) struct Clock {
     until: Option<Instant>,
     sleep: Option<Pin<Box<Sleep>>>,
 }
 
 impl Clock {
-    fn set(&mut self, until: Instant) {
+    pub(super) fn set(&mut self, until: Instant) {
         self.until = Some(until);
     }
 
-    fn is_set(&self) -> bool {
+    pub(super) fn is_set(&self) -> bool {
         self.until.is_some()
     }
 
-    fn stop(&mut self) {
+    pub(super) fn stop(&mut self) {
         self.until = None;
     }
 
     /// Whether its time has come; else the task is woken when it does.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(until) = self.until else { return Poll::Pending };
         let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(until.into())));
         loop {
