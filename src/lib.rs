@@ -14,6 +14,7 @@ pub mod egress;
 pub mod files;
 pub mod forward;
 pub mod gateway;
+pub mod http1;
 pub mod issuer;
 pub mod limiter;
 pub mod privacypass;

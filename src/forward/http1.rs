@@ -5,13 +5,16 @@
 //! other side writes is framed strictly: what could be read in two ways is no answer.
 
 use super::{Error, Head, Source, Stop, Times};
-use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use crate::http1::{
+    Bad, Chunks, End, Framing, Outgoing, Taken, is_of_connection, length_of, name_and_value, options, split,
+};
+use bytes::{BufMut, Bytes, BytesMut};
+use http::header::{self, HeaderMap, HeaderName};
 use http::{Method, StatusCode, Version, response};
 use hyper::body::Frame;
 use std::fmt::Write as _;
 use std::future::{Future, poll_fn};
-use std::io::{self, ErrorKind, IoSlice};
+use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker, ready};
@@ -19,8 +22,6 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
-/// Up to this size a piece of a body is copied behind what goes before it, to be one write with it.
-const JOINED: usize = 4 * 1024;
 /// Pieces of a request's body that one poll takes, so that a fast sender leaves time for others.
 const PIECES_AT_ONCE: usize = 32;
 /// Octets of an answer's head.
@@ -29,12 +30,6 @@ const HEAD_MAX: usize = 64 * 1024;
 const FIELDS_MAX: usize = 128;
 /// Answers before the answer (1xx).
 const INFORMATIONAL_MAX: u8 = 16;
-/// Octets of chunk extensions in a body.
-const EXTENSIONS_MAX: u16 = 4 * 1024;
-/// Octets of trailers.
-const TRAILERS_MAX: usize = 16 * 1024;
-/// Fields of trailers.
-const TRAILER_FIELDS_MAX: usize = 64;
 /// What is read at once of a head.
 const READ_HEAD: usize = 4 * 1024;
 /// What is read at once of a body, at first.
@@ -226,9 +221,9 @@ impl<S: Source> Exchange<S> {
         self.drive_upload(cx)?;
         loop {
             match self.answer.take_frame()? {
-                Taken::Frame(frame) => return Poll::Ready(Ok(Some(frame))),
-                Taken::All => return Poll::Ready(Ok(None)),
-                Taken::Nothing => {}
+                Came::Frame(frame) => return Poll::Ready(Ok(Some(frame))),
+                Came::All => return Poll::Ready(Ok(None)),
+                Came::Nothing => {}
             }
             match self.answer.poll_read(cx, &mut self.connection.stream) {
                 Poll::Ready(Ok(1..)) => self.read_until = None,
@@ -263,7 +258,7 @@ impl<S: Source> Exchange<S> {
         let (until, limit) = if is_over {
             (&mut self.read_until, self.read)
         } else if self.upload.is_blocked {
-            (&mut self.upload.until, self.write)
+            (&mut self.upload.outgoing.until, self.write)
         } else {
             return Poll::Pending;
         };
@@ -296,14 +291,14 @@ impl<S: Source> Exchange<S> {
         let mut pieces = PIECES_AT_ONCE;
         loop {
             let mut waits = false;
-            while !waits && self.upload.has_room() {
+            while !waits && self.upload.outgoing.has_room() {
                 if pieces == 0 {
                     break;
                 }
                 pieces -= 1;
                 waits = self.take_piece(cx)?;
             }
-            match self.upload.poll_write(cx, &mut self.connection.stream) {
+            match self.upload.outgoing.poll_write(cx, &mut self.connection.stream) {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(error)) => {
                     self.upload.give_up(&error);
@@ -314,7 +309,7 @@ impl<S: Source> Exchange<S> {
                     return Ok(());
                 }
             }
-            if waits || self.upload.is_ended {
+            if waits || self.upload.outgoing.is_ended() {
                 break;
             }
             if pieces == 0 {
@@ -322,8 +317,8 @@ impl<S: Source> Exchange<S> {
                 return Ok(());
             }
         }
-        match self.upload.poll_flush(cx, &mut self.connection.stream) {
-            Poll::Ready(Ok(())) if self.upload.is_ended => self.upload.finish(),
+        match self.upload.outgoing.poll_flush(cx, &mut self.connection.stream) {
+            Poll::Ready(Ok(())) if self.upload.outgoing.is_ended() => self.upload.finish(),
             Poll::Ready(Ok(())) => {}
             Poll::Ready(Err(error)) => self.upload.give_up(&error),
             Poll::Pending => self.upload.is_blocked = true,
@@ -334,51 +329,32 @@ impl<S: Source> Exchange<S> {
     /// Takes the next piece of the body, or its end. True: neither is there yet.
     fn take_piece(&mut self, cx: &mut Context<'_>) -> Result<bool, Error> {
         if self.source.is_done() {
-            self.upload.end()?;
+            self.upload.outgoing.end().map_err(of_request)?;
             return Ok(false);
         }
         match self.source.poll_chunk(cx) {
             Poll::Ready(Some(Ok(piece))) => {
                 let is_vectored = self.connection.stream.is_write_vectored();
-                self.upload.add(piece, is_vectored)?;
+                self.upload.outgoing.add(piece, is_vectored).map_err(of_request)?;
                 if self.source.is_done() {
-                    self.upload.end()?;
+                    self.upload.outgoing.end().map_err(of_request)?;
                 }
                 Ok(false)
             }
             Poll::Ready(Some(Err(stop))) => Err(stopped(stop)),
-            Poll::Ready(None) => self.upload.end().map(|()| false),
+            Poll::Ready(None) => self.upload.outgoing.end().map(|()| false).map_err(of_request),
             Poll::Pending => Ok(true),
         }
     }
 }
 
-/// How a request's body is framed.
-enum Framing {
-    /// By its length: octets that are still to come.
-    Length(u64),
-    /// In chunks.
-    Chunked,
-}
-
-/// A request on its way out: what is written next is `front`, then `piece`, then `back`.
+/// A request on its way out.
 struct Upload {
-    front: BytesMut,
-    piece: Bytes,
-    back: &'static [u8],
-    framing: Framing,
-    /// Nothing is written yet.
-    is_untouched: bool,
-    /// The body has ended: what is here is the rest.
-    is_ended: bool,
-    /// Something was written and not flushed.
-    is_unflushed: bool,
+    outgoing: Outgoing,
     /// Nothing is taken at present.
     is_blocked: bool,
     /// Nothing is to be written any more: that was all, or it has failed.
     is_over: bool,
-    /// Until when something has to be taken.
-    until: Option<Instant>,
     /// Why it was given up.
     failure: Option<String>,
     /// Why it must not be sent at all.
@@ -391,10 +367,8 @@ impl Upload {
         let length = length.unwrap_or(0);
         let target = head.target.as_str();
         let fields: usize = head.fields.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
-        // what a body of a known and small length adds is made room for as well
-        let joined = usize::try_from(length).ok().filter(|length| *length <= JOINED).unwrap_or(0);
         let line = head.method.as_str().len() + target.len() + head.authority.len();
-        let mut front = BytesMut::with_capacity(line + fields + joined + 96);
+        let mut front = Outgoing::room(line + fields + 96, Some(length));
         front.put_slice(head.method.as_str().as_bytes());
         // a query alone is a target without a path to `http`, and none to HTTP
         front.put_slice(if target.starts_with(['/', '*']) { b" " } else { b" /" });
@@ -420,137 +394,28 @@ impl Upload {
         }
         front.put_slice(b"\r\n");
         let is_authority = !head.authority.is_empty() && head.authority.bytes().all(|octet| octet.is_ascii_graphic());
+        let framing = if is_chunked { Framing::Chunked } else { Framing::Length(length) };
         Self {
-            front,
-            piece: Bytes::new(),
-            back: b"",
-            framing: if is_chunked { Framing::Chunked } else { Framing::Length(length) },
-            is_untouched: true,
-            is_ended: is_done && !is_chunked && length == 0,
-            is_unflushed: false,
+            outgoing: Outgoing::new(front, framing, is_done && !is_chunked && length == 0),
             is_blocked: false,
             is_over: false,
-            until: None,
             failure: None,
             refused: if is_authority { None } else { Some("the request's authority is none") },
         }
     }
 
-    /// Another piece may be taken: nothing is left to write, or nothing is written and there is not much yet.
-    fn has_room(&self) -> bool {
-        !self.is_ended
-            && self.piece.is_empty()
-            && self.back.is_empty()
-            && (self.front.is_empty() || (self.is_untouched && self.front.len() <= JOINED))
-    }
-
-    /// Takes a piece of the body in.
-    fn add(&mut self, piece: Bytes, is_vectored: bool) -> Result<(), Error> {
-        // an empty chunk would be the last one
-        if piece.is_empty() {
-            return Ok(());
-        }
-        match &mut self.framing {
-            Framing::Length(rest) => {
-                let Some(left) = rest.checked_sub(piece.len() as u64) else {
-                    return Err(broken("the request's body is longer than its length"));
-                };
-                *rest = left;
-            }
-            Framing::Chunked => {
-                let _ = write!(self.front, "{:x}\r\n", piece.len());
-                self.back = b"\r\n";
-            }
-        }
-        let is_joined = !self.front.is_empty() && piece.len() <= JOINED && (self.is_untouched || !is_vectored);
-        if is_joined {
-            self.front.reserve(piece.len() + LAST.len());
-            self.front.put_slice(&piece);
-            self.front.put_slice(std::mem::take(&mut self.back));
-        } else {
-            self.piece = piece;
-        }
-        Ok(())
-    }
-
-    /// Takes in that the body has ended.
-    fn end(&mut self) -> Result<(), Error> {
-        match self.framing {
-            Framing::Length(0) => {}
-            Framing::Length(_) => return Err(broken("the request's body is shorter than its length")),
-            Framing::Chunked if self.back.is_empty() => self.front.put_slice(LAST_CHUNK),
-            Framing::Chunked => self.back = LAST,
-        }
-        self.is_ended = true;
-        Ok(())
-    }
-
-    /// Writes all that is here.
-    fn poll_write(&mut self, cx: &mut Context<'_>, stream: &mut Stream) -> Poll<io::Result<()>> {
-        loop {
-            let stream = Pin::new(&mut *stream);
-            let parts = [&*self.front, &*self.piece, self.back];
-            let mut filled = parts.iter().filter(|part| !part.is_empty());
-            let (first, second) = (filled.next(), filled.next());
-            let written = match (first, second) {
-                (None, _) => return Poll::Ready(Ok(())),
-                (Some(_), Some(_)) if stream.is_write_vectored() => {
-                    ready!(stream.poll_write_vectored(cx, &parts.map(IoSlice::new)))?
-                }
-                (Some(part), _) => ready!(stream.poll_write(cx, part))?,
-            };
-            if written == 0 {
-                return Poll::Ready(Err(ErrorKind::WriteZero.into()));
-            }
-            self.is_untouched = false;
-            self.is_unflushed = true;
-            self.until = None;
-            let of_front = written.min(self.front.len());
-            self.front.advance(of_front);
-            if self.front.is_empty() && matches!(self.framing, Framing::Length(_)) {
-                // It was for the head, and an upload may take its time.
-                self.front = BytesMut::new();
-            }
-            let of_piece = (written - of_front).min(self.piece.len());
-            self.piece.advance(of_piece);
-            if self.piece.is_empty() {
-                // what it was a part of may be large
-                self.piece = Bytes::new();
-            }
-            self.back = self.back.get(written - of_front - of_piece..).unwrap_or_default();
-        }
-    }
-
-    /// Flushes what was written, if something was.
-    fn poll_flush(&mut self, cx: &mut Context<'_>, stream: &mut Stream) -> Poll<io::Result<()>> {
-        if self.is_unflushed {
-            ready!(Pin::new(stream).poll_flush(cx))?;
-            self.is_unflushed = false;
-            self.until = None;
-        }
-        Poll::Ready(Ok(()))
-    }
-
     /// All is out.
     fn finish(&mut self) {
         self.is_over = true;
-        self.front = BytesMut::new();
+        self.outgoing.clear();
     }
 
     /// Nothing more of it can be written.
     fn give_up(&mut self, error: &io::Error) {
         self.finish();
-        self.piece = Bytes::new();
-        self.back = b"";
-        self.is_ended = true;
         self.failure = Some(format!("the request could not be written: {error}"));
     }
 }
-
-/// The last chunk, without trailers.
-const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
-/// The end of a chunk, and the last chunk.
-const LAST: &[u8] = b"\r\n0\r\n\r\n";
 
 /// Where an answer is.
 enum Phase {
@@ -559,7 +424,7 @@ enum Phase {
     /// In a body of which so many octets are to come.
     Length(u64),
     /// In a body in chunks.
-    Chunked(Chunk),
+    Chunked(Chunks),
     /// In a body that ends with the connection.
     UntilEnd,
     /// All of it was given out.
@@ -568,29 +433,8 @@ enum Phase {
     Failed,
 }
 
-/// Where a body in chunks is.
-#[derive(Clone, Copy)]
-enum Chunk {
-    /// In a chunk's size, of which so many digits were read.
-    Size { size: u64, digits: u8 },
-    /// In blanks behind the size.
-    Blank { size: u64 },
-    /// In an extension.
-    Extension { size: u64 },
-    /// Before the line feed behind the size.
-    SizeEnd { size: u64 },
-    /// In data.
-    Data { rest: u64 },
-    /// Behind the data.
-    DataEnd,
-    /// Before the line feed behind the data.
-    DataLineFeed,
-    /// Behind the last chunk.
-    Trailers,
-}
-
 /// What there was to take of an answer.
-enum Taken {
+enum Came {
     Frame(Frame<Bytes>),
     /// Nothing, until more is read.
     Nothing,
@@ -602,12 +446,10 @@ enum Taken {
 struct Answer {
     buffer: BytesMut,
     phase: Phase,
-    /// What was searched of the buffer for the end of a head or of trailers.
-    searched: usize,
+    /// Of a head.
+    end: End,
     /// What is read at once.
     step: usize,
-    /// Octets of extensions.
-    extensions: u16,
     /// Answers before it.
     informational: u8,
     /// An octet of it has come.
@@ -623,9 +465,8 @@ impl Answer {
         Self {
             buffer: BytesMut::new(),
             phase: Phase::Head,
-            searched: 0,
+            end: End::default(),
             step: READ_HEAD,
-            extensions: 0,
             informational: 0,
             has_begun: false,
             is_bodyless,
@@ -655,25 +496,13 @@ impl Answer {
         Poll::Ready(Ok(read))
     }
 
-    /// Where the first empty line of the buffer ends.
-    fn find_end(&mut self) -> Option<usize> {
-        let from = self.searched.saturating_sub(3);
-        let unsearched = self.buffer.get(from..).unwrap_or_default();
-        let Some(at) = unsearched.windows(4).position(|four| four == b"\r\n\r\n") else {
-            self.searched = self.buffer.len();
-            return None;
-        };
-        self.searched = 0;
-        Some(from + at + 4)
-    }
-
     /// Takes the head, once it is there, and those before it (1xx) out of the way.
     fn take_head(&mut self) -> Result<Option<response::Parts>, Error> {
         loop {
             if self.buffer.iter().zip(b"HTTP/1.").any(|(is, should)| is != should) {
                 return Err(broken("what came is no HTTP/1"));
             }
-            let Some(end) = self.find_end() else {
+            let Some(end) = self.end.find(&self.buffer).map_err(of_answer)? else {
                 if self.buffer.len() > HEAD_MAX {
                     return Err(broken("the answer's head is too long"));
                 }
@@ -743,7 +572,7 @@ impl Answer {
             }
             Phase::Done
         } else if is_chunked {
-            Phase::Chunked(Chunk::Size { size: 0, digits: 0 })
+            Phase::Chunked(Chunks::default())
         } else {
             match length {
                 Some(0) => Phase::Done,
@@ -762,119 +591,33 @@ impl Answer {
     }
 
     /// Takes what is there of the body.
-    fn take_frame(&mut self) -> Result<Taken, Error> {
+    fn take_frame(&mut self) -> Result<Came, Error> {
         match self.phase {
             Phase::Head => Err(broken("the answer's head is to be asked for first")),
-            Phase::Done | Phase::Failed => Ok(Taken::All),
-            Phase::Chunked(chunk) => self.take_chunked(chunk),
-            Phase::UntilEnd | Phase::Length(_) if self.buffer.is_empty() => Ok(Taken::Nothing),
-            Phase::UntilEnd => Ok(Taken::Frame(Frame::data(self.buffer.split().freeze()))),
+            Phase::Done | Phase::Failed => Ok(Came::All),
+            Phase::Chunked(_) => self.take_chunked(),
+            Phase::UntilEnd | Phase::Length(_) if self.buffer.is_empty() => Ok(Came::Nothing),
+            Phase::UntilEnd => Ok(Came::Frame(Frame::data(self.buffer.split().freeze()))),
             Phase::Length(rest) => {
-                let (piece, rest) = self.split(rest);
+                let (piece, rest) = split(&mut self.buffer, rest);
                 self.phase = if rest == 0 { Phase::Done } else { Phase::Length(rest) };
-                Ok(Taken::Frame(Frame::data(piece)))
+                Ok(Came::Frame(Frame::data(piece)))
             }
         }
     }
 
-    /// What the buffer has of the next `rest` octets, and how many are to come then.
-    fn split(&mut self, rest: u64) -> (Bytes, u64) {
-        let here = usize::try_from(rest).unwrap_or(usize::MAX).min(self.buffer.len());
-        (self.buffer.split_to(here).freeze(), rest - here as u64)
-    }
-
-    fn take_chunked(&mut self, mut chunk: Chunk) -> Result<Taken, Error> {
-        loop {
-            match chunk {
-                Chunk::Data { rest } if !self.buffer.is_empty() => {
-                    let (piece, rest) = self.split(rest);
-                    self.phase = if rest > 0 {
-                        Phase::Chunked(Chunk::Data { rest })
-                    } else if self.buffer.starts_with(LAST) {
-                        // that this was all is known with the last piece, as it mostly is here
-                        self.buffer.advance(LAST.len());
-                        Phase::Done
-                    } else {
-                        Phase::Chunked(Chunk::DataEnd)
-                    };
-                    return Ok(Taken::Frame(Frame::data(piece)));
-                }
-                Chunk::Trailers => {
-                    self.phase = Phase::Chunked(chunk);
-                    return self.take_trailers();
-                }
-                _ => {}
-            }
-            let Some(&octet) = self.buffer.first() else {
-                self.phase = Phase::Chunked(chunk);
-                return Ok(Taken::Nothing);
-            };
-            self.buffer.advance(1);
-            chunk = self.step_chunk(chunk, octet)?;
-        }
-    }
-
-    /// Reads an octet of what is around the data.
-    fn step_chunk(&mut self, chunk: Chunk, octet: u8) -> Result<Chunk, Error> {
-        if matches!(chunk, Chunk::Blank { .. } | Chunk::Extension { .. }) {
-            self.extensions += 1;
-            if self.extensions > EXTENSIONS_MAX {
-                return Err(broken("too long extensions of chunks"));
-            }
-        }
-        Ok(match (chunk, octet) {
-            (Chunk::Size { size, digits }, b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F') if digits < 16 => {
-                let digit = char::from(octet).to_digit(16).unwrap_or(0);
-                // no more than 16 digits: nothing is shifted out
-                Chunk::Size { size: (size << 4) | u64::from(digit), digits: digits + 1 }
-            }
-            (Chunk::Size { size, digits: 1.. } | Chunk::Blank { size }, b';') => Chunk::Extension { size },
-            (Chunk::Size { size, digits: 1.. } | Chunk::Blank { size }, b' ' | b'\t') => Chunk::Blank { size },
-            (Chunk::Size { size, digits: 1.. } | Chunk::Extension { size }, b'\r') => Chunk::SizeEnd { size },
-            (Chunk::Extension { .. }, b'\t' | b' '..=b'~' | 0x80..) => chunk,
-            (Chunk::SizeEnd { size: 0 }, b'\n') => Chunk::Trailers,
-            (Chunk::SizeEnd { size }, b'\n') => Chunk::Data { rest: size },
-            (Chunk::DataEnd, b'\r') => Chunk::DataLineFeed,
-            (Chunk::DataLineFeed, b'\n') => Chunk::Size { size: 0, digits: 0 },
-            _ => return Err(broken("the answer's chunks are not framed as they should be")),
-        })
-    }
-
-    /// Takes the trailers, once they are there, with which the body ends.
-    fn take_trailers(&mut self) -> Result<Taken, Error> {
-        if self.buffer.starts_with(b"\r\n") {
-            self.buffer.advance(2);
+    fn take_chunked(&mut self) -> Result<Came, Error> {
+        let Phase::Chunked(chunks) = &mut self.phase else { return Ok(Came::All) };
+        let taken = chunks.take(&mut self.buffer).map_err(of_answer)?;
+        if chunks.is_done() {
             self.phase = Phase::Done;
-            return Ok(Taken::All);
         }
-        let Some(end) = self.find_end() else {
-            if self.buffer.len() > TRAILERS_MAX {
-                return Err(broken("the answer's trailers are too long"));
-            }
-            return Ok(Taken::Nothing);
-        };
-        if end > TRAILERS_MAX {
-            return Err(broken("the answer's trailers are too long"));
-        }
-        let block = self.buffer.split_to(end).freeze();
-        let mut room = [httparse::EMPTY_HEADER; TRAILER_FIELDS_MAX];
-        let fields = match httparse::parse_headers(&block, &mut room) {
-            Ok(httparse::Status::Complete((end, fields))) if end == block.len() => fields,
-            Ok(_) => return Err(broken("the answer's trailers: lines end in two ways")),
-            Err(error) => return Err(Error::Broken(format!("the answer's trailers: {error}"))),
-        };
-        let mut trailers = HeaderMap::new();
-        for field in fields {
-            let (name, value) = name_and_value(&block, field)?;
-            if !is_of_connection(&name) && !matches!(name, header::CONTENT_LENGTH | header::HOST) {
-                trailers.append(name, value);
-            }
-        }
-        self.phase = Phase::Done;
-        if trailers.is_empty() {
-            return Ok(Taken::All);
-        }
-        Ok(Taken::Frame(Frame::trailers(trailers)))
+        Ok(match taken {
+            Taken::Data(piece) => Came::Frame(Frame::data(piece)),
+            Taken::Nothing => Came::Nothing,
+            Taken::End(trailers) if trailers.is_empty() => Came::All,
+            Taken::End(trailers) => Came::Frame(Frame::trailers(trailers)),
+        })
     }
 }
 
@@ -893,7 +636,7 @@ struct Fields {
 
 impl Fields {
     fn add(&mut self, head: &Bytes, field: &httparse::Header<'_>) -> Result<(), Error> {
-        let (name, value) = name_and_value(head, field)?;
+        let (name, value) = name_and_value(head, field).map_err(of_answer)?;
         match name {
             header::CONTENT_LENGTH => {
                 let Some(length) = length_of(value.as_bytes()) else {
@@ -915,7 +658,7 @@ impl Fields {
                 self.is_chunked = true;
             }
             header::CONNECTION => {
-                for option in value.as_bytes().split(|octet| *octet == b',').map(<[u8]>::trim_ascii) {
+                for option in options(&value) {
                     if option.eq_ignore_ascii_case(b"close") {
                         self.closes = true;
                     } else if option.eq_ignore_ascii_case(b"keep-alive") {
@@ -937,35 +680,6 @@ impl Fields {
     }
 }
 
-/// A field as `http` has it. The value stays where it was read.
-fn name_and_value(block: &Bytes, field: &httparse::Header<'_>) -> Result<(HeaderName, HeaderValue), Error> {
-    let name = HeaderName::from_bytes(field.name.as_bytes());
-    let value = HeaderValue::from_maybe_shared(block.slice_ref(field.value));
-    match (name, value) {
-        (Ok(name), Ok(value)) => Ok((name, value)),
-        _ => Err(broken("the answer has a field that is none")),
-    }
-}
-
-/// It is about this connection, and not passed on.
-fn is_of_connection(name: &HeaderName) -> bool {
-    matches!(
-        name.as_str(),
-        "connection" | "keep-alive" | "proxy-connection" | "te" | "trailer" | "transfer-encoding" | "upgrade"
-    )
-}
-
-/// The value of `Content-Length`: digits, and nothing else.
-fn length_of(value: &[u8]) -> Option<u64> {
-    if value.is_empty() {
-        return None;
-    }
-    value.iter().try_fold(0_u64, |length, octet| {
-        let digit = octet.is_ascii_digit().then(|| octet - b'0')?;
-        length.checked_mul(10)?.checked_add(u64::from(digit))
-    })
-}
-
 /// The other side has gone.
 fn is_reset(error: &io::Error) -> bool {
     matches!(
@@ -976,6 +690,16 @@ fn is_reset(error: &io::Error) -> bool {
             | ErrorKind::NotConnected
             | ErrorKind::UnexpectedEof
     )
+}
+
+/// What is wrong with what the other side has written.
+fn of_answer(why: Bad) -> Error {
+    Error::Broken(format!("the answer: {why}"))
+}
+
+/// What is wrong with the request's own body.
+fn of_request(why: Bad) -> Error {
+    Error::Broken(format!("the request: {why}"))
 }
 
 fn broken(why: &str) -> Error {
@@ -989,9 +713,12 @@ fn stopped(stop: Stop) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http1::{EXTENSIONS_MAX, JOINED, TRAILER_FIELDS_MAX, TRAILERS_MAX};
     use crate::problem::Refusal;
+    use http::HeaderValue;
     use proptest::prelude::*;
     use std::collections::VecDeque;
+    use std::io::IoSlice;
     use std::sync::{Arc, Mutex};
     use std::task::Wake;
     use tokio::io::AsyncWriteExt;

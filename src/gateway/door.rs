@@ -1,18 +1,14 @@
 //! The door of a listener: takes what Pingora accepted, if its source may have another connection, does the TLS handshake
-//! within its time, and has hyper serve the requests that come on it.
+//! within its time, and has the requests that come on it served ([`http1`], [`http2`]).
 
 use super::connections::{Why, may_stay};
-use super::exchange::{self, Patient, Rules};
+use super::exchange::Rules;
 use super::frames::Frames;
-use super::live::ListenerTls;
-use super::proxy_protocol;
-use super::stream::{Connection, End, Ends, FederationStream, MAX_HEAD, Transport};
-use super::{Gateway, Shared};
-use crate::config::Http2;
+use super::http1::{self, Transport};
+use super::live::{ListenerTls, Live};
+use super::stream::{Connection, End, Ends};
+use super::{Gateway, Shared, http2, proxy_protocol};
 use async_trait::async_trait;
-use hyper::server::conn::{http1, http2};
-use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
 use pingora_core::apps::ServerApp;
 use pingora_core::protocols::Stream;
 use pingora_core::server::ShutdownWatch;
@@ -24,16 +20,9 @@ use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::server::TlsStream;
-
-/// Octets of a body that may be on their way on a stream of HTTP/2, and on a connection: what may have to be held of it.
-const STREAM_WINDOW: u32 = 64 * 1024;
-const CONNECTION_WINDOW: u32 = 512 * 1024;
-
-/// How long a client of HTTP/2 may take to hear that its connection ends.
-const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Octets of a client's chain at most, and certificates in it.
 const LARGEST_CHAIN: usize = 16 * 1024;
@@ -144,15 +133,13 @@ impl ServerApp for Door {
         let frames = connection.h2.then(|| Frames::new(now.http2.control));
         let abuse = self.shared.metrics.connections_refused.with_label_values(&["http2-abuse"]);
         let frames = frames.map(|of| (of, abuse));
-        let stream = FederationStream::new(stream, connection.clone(), &now.timeouts, frames);
         let cut = Some(self.shared.metrics.connections_cut.clone());
-        let serving = Serving { rules: self.rules.clone(), connection: connection.clone(), http2: now.http2, cut };
-        let keepalive = now.timeouts.keepalive;
+        let serving = Serving { rules: self.rules.clone(), connection: connection.clone(), frames, cut };
         let shutdown = shutdown.clone();
         // A task of its own holds nothing of what the handshake needed, and is polled without what is around this.
         tokio::spawn(async move {
             let _counted = (open, of_ip, of_peer, entry);
-            serving.until_its_end(stream, keepalive, shutdown).await;
+            serving.until_its_end(stream, &now, shutdown).await;
         });
         None
     }
@@ -166,7 +153,8 @@ impl ServerApp for Door {
 pub(super) struct Serving<R> {
     pub(super) rules: Arc<R>,
     pub(super) connection: Arc<Connection>,
-    pub(super) http2: Http2,
+    /// The frames of HTTP/2, and who counts those whose are too many.
+    pub(super) frames: Option<(Frames, IntCounter)>,
     /// Counts those that had to end.
     pub(super) cut: Option<IntCounter>,
 }
@@ -174,113 +162,33 @@ pub(super) struct Serving<R> {
 impl<R: Rules> Serving<R> {
     /// Serves all requests on a connection. `shutdown` says that no more is accepted: over HTTP/2 the client is told then, over
     /// HTTP/1.1 with the next answer, or once those that wait are closed.
-    pub(super) async fn until_its_end<T: Transport>(
-        self,
-        stream: FederationStream<T>,
-        keepalive: Duration,
-        mut shutdown: ShutdownWatch,
-    ) {
-        let (rules, connection) = (self.rules.clone(), self.connection.clone());
-        let service = service_fn(move |request| {
-            let (rules, connection) = (rules.clone(), connection.clone());
-            // Now, and not when it is first polled: hyper reads on before that.
-            let on_it = connection.begin(rules.shared().live.load().timeouts.keepalive);
-            // hyper has room for it in each connection, also while there is none.
-            Box::pin(exchange::serve(rules, request, connection, on_it)) as Pin<Box<dyn Future<Output = _> + Send>>
-        });
-        let mut ends = Ends::of(&self.connection);
-        if !self.connection.h2 {
-            let mut serve = http1::Builder::new();
-            // As for fields, hyper takes 100 of them.
-            serve.max_buf_size(MAX_HEAD);
-            // In a place of its own: a task would have room for the stream twice.
-            let mut serving = Box::pin(serve.serve_connection(TokioIo::new(stream), service));
+    pub(super) async fn until_its_end<T: Transport>(self, stream: T, live: &Live, shutdown: ShutdownWatch) {
+        let Self { rules, connection, frames, cut } = self;
+        let timeouts = &live.timeouts;
+        let end = if connection.h2 {
+            let stream = http2::Stream::new(stream, connection.clone(), timeouts.headers, timeouts.body_total, frames);
+            http2::serve(rules, connection, stream, live.http2, timeouts.keepalive, shutdown).await
+        } else {
+            let mut ends = Ends::of(&connection);
+            let mut serving = pin!(http1::serve(rules, connection.clone(), Box::new(stream)));
             poll_fn(|cx| {
                 if serving.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(());
+                    return Poll::Ready(None);
                 }
                 match ready!(ends.poll(cx)) {
-                    End::Cut => self.has_to_end(),
+                    End::Cut => Poll::Ready(Some(End::Cut)),
                     End::Close => {
-                        serving.as_mut().graceful_shutdown();
-                        // It says then that it has ended, or who wakes it.
+                        // It sees that itself, when it is asked; and then says that it has ended, or who wakes it.
                         cx.waker().wake_by_ref();
-                        return Poll::Pending;
+                        Poll::Pending
                     }
                 }
-                Poll::Ready(())
             })
-            .await;
-            return;
-        }
-        let mut serve = http2::Builder::new(PatientExecutor);
-        serve
-            .max_concurrent_streams(self.http2.max_streams)
-            .max_header_list_size(self.http2.max_header_list)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW);
-        let mut serving = Box::pin(serve.serve_connection(TokioIo::new(stream), service));
-        let idle = self.is_idle_for(keepalive);
-        tokio::select! {
-            biased;
-            _ = serving.as_mut() => return,
-            end = poll_fn(|cx| ends.poll(cx)) => if end == End::Cut {
-                self.has_to_end();
-                return;
-            },
-            () = told(&mut shutdown) => {}
-            () = idle => {}
-        }
-        serving.as_mut().graceful_shutdown();
-        // Whoever does not acknowledge that it was told is not waited for, once nothing is under way.
-        let mut quiet = pin!(self.is_idle_for(LAST_WORDS));
-        loop {
-            tokio::select! {
-                _ = serving.as_mut() => return,
-                () = quiet.as_mut() => return,
-                end = poll_fn(|cx| ends.poll(cx)) => if end == End::Cut {
-                    self.has_to_end();
-                    return;
-                },
-            }
-        }
-    }
-
-    /// It is counted before it ends.
-    fn has_to_end(&self) {
-        if let Some(cut) = &self.cut {
+            .await
+        };
+        if let (Some(End::Cut), Some(cut)) = (end, cut) {
             cut.inc();
         }
-    }
-
-    /// Ends once no request has been under way, and no answer waited for its client, for so long, or for half as long again.
-    async fn is_idle_for(&self, keepalive: Duration) {
-        let half = (keepalive / 2).max(Duration::from_millis(1));
-        let mut quiet = 0;
-        let mut seen = self.connection.so_far();
-        while quiet < 2 {
-            tokio::time::sleep(half).await;
-            let now = self.connection.so_far();
-            quiet = if self.connection.is_busy() || now != seen { 0 } else { quiet + 1 };
-            seen = now;
-        }
-    }
-}
-
-async fn told(watch: &mut tokio::sync::watch::Receiver<bool>) {
-    // Whoever would say so is gone with the process.
-    if watch.wait_for(|told| *told).await.is_err() {
-        std::future::pending::<()>().await;
-    }
-}
-
-/// Runs the streams of a connection.
-#[derive(Debug, Clone, Copy)]
-struct PatientExecutor;
-
-impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for PatientExecutor {
-    fn execute(&self, stream: F) {
-        tokio::spawn(Patient::new(Box::pin(stream)));
     }
 }
 

@@ -10,7 +10,7 @@ use super::exchange::{Ctx, Failed, Rules, Way};
 use super::forward;
 use super::live::{Live, LiveEgress};
 use super::session::Session;
-use super::stream::{Connection, FederationStream};
+use super::stream::Connection;
 use super::{Shared, answer, fields, peek};
 use crate::config::host_of;
 use crate::dialect::{Endpoint, Routes, moh};
@@ -31,6 +31,7 @@ use pingora_core::server::ShutdownWatch;
 use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant, SystemTime};
+use tokio::io::BufReader;
 
 /// What nodes ask of other providers: they are known by the bodies' headers.
 static ROUTES: LazyLock<Routes> = LazyLock::new(|| Routes::of(&[&moh::DIALECT]));
@@ -59,23 +60,20 @@ impl ServerApp for EgressDoor {
         let serving = |connection: &Arc<Connection>| Serving {
             rules: self.rules.clone(),
             connection: connection.clone(),
-            http2: live.http2,
+            frames: None,
             cut: None,
         };
-        let (timeouts, keepalive) = (&live.timeouts, live.timeouts.keepalive);
         let Some(tls) = &egress.tls else {
             let connection = Arc::new(Connection::plain(client, self.address, open));
             let _entry = self.shared.connections.keep(&connection);
-            let stream = FederationStream::new(stream, connection.clone(), timeouts, None);
-            serving(&connection).until_its_end(stream, keepalive, shutdown.clone()).await;
+            serving(&connection).until_its_end(BufReader::new(stream), &live, shutdown.clone()).await;
             return None;
         };
         let accepted = tokio::time::timeout(live.timeouts.tls_handshake, tls.acceptor.accept(stream)).await;
         let stream = accepted.ok()?.inspect_err(|e| tracing::debug!(%client, "egress: TLS handshake: {e}")).ok()?;
         let connection = Arc::new(Connection::new(client, self.address, stream.get_ref().1, tls, false, open));
         let _entry = self.shared.connections.keep(&connection);
-        let stream = FederationStream::new(stream, connection.clone(), timeouts, None);
-        serving(&connection).until_its_end(stream, keepalive, shutdown.clone()).await;
+        serving(&connection).until_its_end(stream, &live, shutdown.clone()).await;
         None
     }
 

@@ -7,12 +7,12 @@
 use super::Shared;
 use super::answer;
 use super::session::{Session, Upload};
-use super::stream::{Connection, OnIt};
+use super::stream::OnIt;
 use crate::forward::{ConnectError, Error, Exchange, Head, Peer, Source as _, Stop};
 use crate::problem::Refusal;
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, Version, header, response};
-use hyper::body::{Body, Frame, Incoming, SizeHint};
+use http::{Method, Response, StatusCode, Version, header, response};
+use hyper::body::{Body, Frame, SizeHint};
 use std::cell::Cell;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -118,36 +118,34 @@ pub(super) struct Gone;
 /// Answers a request.
 pub(super) async fn serve<R: Rules>(
     rules: Arc<R>,
-    request: Request<Incoming>,
-    connection: Arc<Connection>,
+    mut session: Session,
     on_it: OnIt,
 ) -> Result<Response<Answer<R>>, Gone> {
-    let mut session = Session::new(request, connection);
     let ctx = rules.begin(&session);
     let mut under_way = Box::new(UnderWay { rules, ctx, exchange: None, peer: None, went: 0, late: None, on_it });
     let UnderWay { rules, ctx, .. } = &mut *under_way;
     match rules.admit(&mut session, ctx).await {
         Ok(None) => forward(session, under_way).await,
-        Ok(Some(own)) => Ok(own_answer(&session, under_way, own)),
-        Err(refusal) => Ok(refuse(&session, under_way, &refusal)),
+        Ok(Some(own)) => Ok(own_answer(&mut session, under_way, own)),
+        Err(refusal) => Ok(refuse(&mut session, under_way, &refusal)),
     }
 }
 
 async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>) -> Result<Response<Answer<R>>, Gone> {
     let head = match under_way.rules.head(&session, &mut under_way.ctx) {
         Ok(head) => head,
-        Err(refusal) => return Ok(refuse(&session, under_way, &refusal)),
+        Err(refusal) => return Ok(refuse(&mut session, under_way, &refusal)),
     };
     for _ in 0..MOST_TRIES {
         let UnderWay { rules, ctx, .. } = &mut *under_way;
         let peer = match rules.peer(ctx).await {
             Ok(peer) => peer,
-            Err(refusal) => return Ok(refuse(&session, under_way, &refusal)),
+            Err(refusal) => return Ok(refuse(&mut session, under_way, &refusal)),
         };
         let (link, kept) = match rules.shared().clients.link(&peer).await {
             Ok(link) => link,
             Err(e) => match rules.unconnected(&e, ctx) {
-                Some(refusal) => return Ok(refuse(&session, under_way, &refusal)),
+                Some(refusal) => return Ok(refuse(&mut session, under_way, &refusal)),
                 None => continue,
             },
         };
@@ -171,7 +169,7 @@ async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>
                     let _ = std::future::poll_fn(|cx| exchange.poll_frame(cx)).await;
                 }
                 under_way.peer = Some(peer);
-                return Ok(pass_on(&session, under_way, answer, body_was_in));
+                return Ok(pass_on(&mut session, under_way, answer, body_was_in));
             }
             Err(e) => {
                 let Some(exchange) = under_way.exchange.take() else { break };
@@ -180,8 +178,8 @@ async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>
                 let UnderWay { rules, ctx, .. } = &mut *under_way;
                 match rules.failed(e, way, ctx) {
                     Failed::Again if can_be_sent_again => {}
-                    Failed::Refuse(refusal) => return Ok(refuse(&session, under_way, &refusal)),
-                    Failed::Again => return Ok(refuse(&session, under_way, &Refusal::BadGateway)),
+                    Failed::Refuse(refusal) => return Ok(refuse(&mut session, under_way, &refusal)),
+                    Failed::Again => return Ok(refuse(&mut session, under_way, &Refusal::BadGateway)),
                     Failed::Abort => {
                         under_way.ctx.octets(session.came(), 0);
                         under_way.ctx.aborted(None);
@@ -191,7 +189,7 @@ async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>
             }
         }
     }
-    Ok(refuse(&session, under_way, &Refusal::BadGateway))
+    Ok(refuse(&mut session, under_way, &Refusal::BadGateway))
 }
 
 fn is_late(late: &mut Option<Pin<Box<Sleep>>>, cx: &mut Context<'_>) -> bool {
@@ -200,7 +198,7 @@ fn is_late(late: &mut Option<Pin<Box<Sleep>>>, cx: &mut Context<'_>) -> bool {
 
 /// The answer of whom the request went to.
 fn pass_on<R: Rules>(
-    session: &Session,
+    session: &mut Session,
     mut under_way: Box<UnderWay<R>>,
     mut head: response::Parts,
     body_is_in: bool,
@@ -230,7 +228,7 @@ fn pass_on<R: Rules>(
 }
 
 /// A refusal, as an answer.
-fn refuse<R: Rules>(session: &Session, mut under_way: Box<UnderWay<R>>, refusal: &Refusal) -> Response<Answer<R>> {
+fn refuse<R: Rules>(session: &mut Session, mut under_way: Box<UnderWay<R>>, refusal: &Refusal) -> Response<Answer<R>> {
     let UnderWay { rules, ctx, .. } = &mut *under_way;
     rules.refused(refusal, ctx);
     own_answer(session, under_way, answer::refusal(refusal))
@@ -239,12 +237,15 @@ fn refuse<R: Rules>(session: &Session, mut under_way: Box<UnderWay<R>>, refusal:
 /// An answer of the gateway's own. Where octets of the request are still to come, or cannot be told from the next one's, the
 /// connection ends with it.
 fn own_answer<R: Rules>(
-    session: &Session,
+    session: &mut Session,
     mut under_way: Box<UnderWay<R>>,
     own: Response<Bytes>,
 ) -> Response<Answer<R>> {
     let (mut head, body) = own.into_parts();
     let UnderWay { rules, ctx, .. } = &mut *under_way;
+    if !ctx.broken() {
+        session.skip_body();
+    }
     ctx.octets(session.came(), 0);
     ctx.status(head.status);
     let cut_short = ctx.broken() || !session.body_is_in();
@@ -266,12 +267,7 @@ fn end_with(head: &mut response::Parts, session: &Session, ends: bool) {
     if session.head.version >= Version::HTTP_2 {
         return;
     }
-    // hyper hands the connection on after that, and does not end it.
-    let upgrade = session.head.headers.contains_key(header::UPGRADE);
-    if upgrade {
-        session.connection.linger();
-    }
-    if ends || upgrade {
+    if ends {
         head.headers.insert(header::CONNECTION, http::HeaderValue::from_static("close"));
     }
 }
@@ -350,9 +346,6 @@ impl<R: Rules> Answer<R> {
     fn new(under_way: Box<UnderWay<R>>, what: What, session: &Session) -> Self {
         let patience = session.connection.h2.then(|| under_way.ctx.patience());
         let until = under_way.ctx.until();
-        if let Some(until) = until {
-            session.connection.late_at(until);
-        }
         Self { under_way: Some(under_way), what, patience, until, last: None, awaits_end: None }
     }
 
@@ -360,6 +353,16 @@ impl<R: Rules> Answer<R> {
     fn over(under_way: Box<UnderWay<R>>) -> Self {
         drop(under_way);
         Self { under_way: None, what: What::Over, patience: None, until: None, last: None, awaits_end: None }
+    }
+
+    /// Octets of all of it, where that is known.
+    pub(super) fn length(&self) -> Option<u64> {
+        self.size_hint().exact()
+    }
+
+    /// When it has to be over, where that is said.
+    pub(super) fn until(&self) -> Option<Instant> {
+        self.until
     }
 
     /// All of it has been given out. Over HTTP/2 its request is under way for as long as its client has no room for it.

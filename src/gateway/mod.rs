@@ -17,6 +17,8 @@ mod exchange;
 mod fields;
 mod forward;
 mod frames;
+mod http1;
+mod http2;
 mod live;
 mod peek;
 mod proxy_protocol;

@@ -3,13 +3,14 @@
 //! What is read of a body before the decision is held here and sent first; the rest goes on as it comes ([`Upload`]), within its
 //! bound and its times.
 
+use super::http1;
 use super::peek::content_length;
 use super::stream::{Clock, Connection};
 use crate::forward::{Source, Stop};
 use crate::problem::Refusal;
 use bytes::Bytes;
+use http::Version;
 use http::request::Parts;
-use http::{Request, Version};
 use hyper::body::{Body as _, Incoming};
 use std::error::Error as _;
 use std::io::ErrorKind;
@@ -49,6 +50,16 @@ impl Body {
     }
 }
 
+/// The rest of a body.
+pub(super) enum Rest {
+    /// All of it has come.
+    None,
+    /// Over HTTP/1.1.
+    Http1(http1::Body),
+    /// Over HTTP/2.
+    Http2(Incoming),
+}
+
 /// A request that has come in.
 pub(super) struct Session {
     pub(super) head: Parts,
@@ -57,24 +68,22 @@ pub(super) struct Session {
     pub(super) connection: Arc<Connection>,
     /// What holds for its body.
     pub(super) body: Body,
-    /// The rest of its body; none: all of it has come.
-    rest: Option<Incoming>,
+    /// The rest of its body.
+    rest: Rest,
     /// What has come of it, and is held.
     held: Bytes,
     came: u64,
 }
 
 impl Session {
-    pub(super) fn new(request: Request<Incoming>, connection: Arc<Connection>) -> Self {
-        let (head, body) = request.into_parts();
-        let rest = Some(body).filter(|body| !body.is_end_stream());
+    pub(super) fn new(head: Parts, rest: Rest, connection: Arc<Connection>) -> Self {
         let began = Instant::now();
         Self { head, began, connection, body: Body::new(0, began), rest, held: Bytes::new(), came: 0 }
     }
 
     /// All of its body has come.
     pub(super) fn body_is_in(&self) -> bool {
-        self.rest.is_none()
+        matches!(self.rest, Rest::None)
     }
 
     /// Octets of its body that have come.
@@ -89,11 +98,21 @@ impl Session {
 
     /// More of its body, which is then for the caller to hold. None: that was all of it.
     pub(super) fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
-        let chunk = ready!(poll_rest(&mut self.rest, self.connection.h2, cx));
+        let chunk = ready!(self.rest.poll_chunk(cx));
         if let Some(Ok(chunk)) = &chunk {
             self.came += chunk.len() as u64;
         }
         Poll::Ready(chunk)
+    }
+
+    /// Passes over what is there of a body that nobody wants, where the next request comes behind it.
+    pub(super) fn skip_body(&mut self) {
+        if let Rest::Http1(body) = &mut self.rest {
+            self.came += body.skip();
+            if body.is_done() {
+                self.rest = Rest::None;
+            }
+        }
     }
 
     /// These octets came before all others, and are to be sent on.
@@ -103,14 +122,14 @@ impl Session {
 
     /// The body, to be sent on from its beginning. `idle` is how long more of it may take to come.
     pub(super) fn upload(&mut self, idle: Duration) -> Upload {
-        let rest = self.rest.take();
+        let rest = std::mem::replace(&mut self.rest, Rest::None);
         let length = match &rest {
-            None => Some(self.held.len() as u64),
-            Some(_) => content_length(&self.head),
+            Rest::None => Some(self.held.len() as u64),
+            _ => content_length(&self.head),
         };
         let held = Some(self.held.clone()).filter(|held| !held.is_empty());
-        let (h2, body, came) = (self.connection.h2, self.body, self.came);
-        Upload { held, rest, h2, length, body, idle, clock: Clock::default(), came, taken: false }
+        let (body, came) = (self.body, self.came);
+        Upload { held, rest, length, body, idle, clock: Clock::default(), came, taken: false }
     }
 
     /// Takes a body back, to be sent from its beginning again; false: some of it is not held any more.
@@ -121,17 +140,38 @@ impl Session {
     }
 }
 
-/// More of what comes. An empty piece is none.
-fn poll_rest(rest: &mut Option<Incoming>, h2: bool, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
+impl Rest {
+    /// That of a request over HTTP/2.
+    pub(super) fn of(body: Incoming) -> Self {
+        if body.is_end_stream() { Self::None } else { Self::Http2(body) }
+    }
+
+    /// More of what comes, never an empty piece. None: that was all.
+    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
+        let (chunk, ends) = match self {
+            Self::None => return Poll::Ready(None),
+            Self::Http1(body) => {
+                let chunk = ready!(body.poll_chunk(cx));
+                let ends = body.is_done();
+                (chunk, ends)
+            }
+            Self::Http2(body) => {
+                let chunk = ready!(poll_http2(body, cx));
+                let ends = body.is_end_stream();
+                (chunk, ends)
+            }
+        };
+        if ends || !matches!(chunk, Some(Ok(_))) {
+            *self = Self::None;
+        }
+        Poll::Ready(chunk)
+    }
+}
+
+fn poll_http2(body: &mut Incoming, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
     loop {
-        let Some(body) = rest else { return Poll::Ready(None) };
-        let frame = ready!(Pin::new(&mut *body).poll_frame(cx));
-        let ends = body.is_end_stream();
-        match frame {
+        match ready!(Pin::new(&mut *body).poll_frame(cx)) {
             Some(Ok(frame)) => {
-                if ends {
-                    *rest = None;
-                }
                 // Trailers say nothing that anybody has checked.
                 if let Ok(data) = frame.into_data()
                     && !data.is_empty()
@@ -139,17 +179,13 @@ fn poll_rest(rest: &mut Option<Incoming>, h2: bool, cx: &mut Context<'_>) -> Pol
                     return Poll::Ready(Some(Ok(data)));
                 }
             }
-            Some(Err(e)) => {
-                *rest = None;
-                return Poll::Ready(Some(Err(stop(&e))));
-            }
-            // Over HTTP/2 that is its end only if its sender has said so: hyper takes a reset without an error for one.
-            None if h2 && !ends => {
-                *rest = None;
+            Some(Err(e)) => return Poll::Ready(Some(Err(stop(&e)))),
+            // It is its end only if its sender has said so: hyper takes a reset without an error for one.
+            None if !body.is_end_stream() => {
                 let refusal = Refusal::BadHttp("the body broke off");
                 return Poll::Ready(Some(Err(Stop { refusal, broken: true, gone: true })));
             }
-            None => *rest = None,
+            None => return Poll::Ready(None),
         }
     }
 }
@@ -174,8 +210,7 @@ fn stop(e: &hyper::Error) -> Stop {
 /// A request's body on its way.
 pub(super) struct Upload {
     held: Option<Bytes>,
-    rest: Option<Incoming>,
-    h2: bool,
+    rest: Rest,
     length: Option<u64>,
     body: Body,
     idle: Duration,
@@ -197,13 +232,13 @@ impl Source for Upload {
     fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
         let chunk = match self.held.take() {
             Some(held) => Some(Ok(held)),
-            None => match poll_rest(&mut self.rest, self.h2, cx) {
+            None => match self.rest.poll_chunk(cx) {
                 Poll::Pending => {
                     if !self.clock.is_set() {
                         self.clock.set((Instant::now() + self.idle).min(self.body.until));
                     }
                     ready!(self.clock.poll(cx));
-                    self.rest = None;
+                    self.rest = Rest::None;
                     return Poll::Ready(Some(Err(Refusal::TooSlow.into())));
                 }
                 Poll::Ready(chunk) => {
@@ -212,8 +247,8 @@ impl Source for Upload {
                         self.taken = true;
                         self.came += chunk.len() as u64;
                         // However little it waits each time.
-                        if self.rest.is_some() && Instant::now() > self.body.until {
-                            self.rest = None;
+                        if !matches!(self.rest, Rest::None) && Instant::now() > self.body.until {
+                            self.rest = Rest::None;
                             return Poll::Ready(Some(Err(Refusal::TooSlow.into())));
                         }
                     }
@@ -235,7 +270,7 @@ impl Source for Upload {
     }
 
     fn is_done(&self) -> bool {
-        self.held.is_none() && self.rest.is_none()
+        self.held.is_none() && matches!(self.rest, Rest::None)
     }
 }
 

@@ -21,6 +21,7 @@ mod fleet;
 mod forwarding;
 mod harness;
 mod hostile;
+mod http1;
 mod interop;
 mod issuers;
 mod learned;

@@ -1,0 +1,497 @@
+//! HTTP/1.1 with those who come in: one request after the other on a connection, each served by the rules of a door.
+//!
+//! Reading has bounds and clocks of its own. A head has its time from its first octet (the first one of a connection from the
+//! handshake), a connection that nothing is under way on its own; an answer that its client does not read, too. What cannot be
+//! read as a request is answered with the same documents as what is refused. Where an answer goes out before the request was all
+//! in, the connection is read on for a while before it is closed: to close on unread octets makes the kernel reset it, and
+//! destroys the answer on its way.
+
+use super::answer;
+use super::exchange::{self, Answer as AnswerBody, Rules};
+use super::session::{Rest, Session};
+use super::stream::{Clock, Connection};
+use crate::forward::Stop;
+use crate::http1::{Answer, Chunks, End, Framing, Request, Taken, skip_empty_lines, split};
+use crate::problem::Refusal;
+use bytes::{Bytes, BytesMut};
+use http::{Method, Version, header};
+use hyper::body::{Body as _, Frame};
+use parking_lot::Mutex;
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncBufRead, AsyncWrite, AsyncWriteExt as _};
+
+/// Octets of a body that nobody wants that are passed over, so that the next request can follow.
+const SKIPPED: u64 = 16 * 1024;
+
+/// Pieces of an answer that one poll takes, so that a fast node leaves time for others.
+const PIECES_AT_ONCE: usize = 32;
+
+/// How long, and how long between two reads, an answered connection is read on.
+const LINGER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
+
+/// Connections that linger at once, at most.
+const LINGERING: usize = 1024;
+
+static LINGERERS: AtomicUsize = AtomicUsize::new(0);
+
+const GO_ON: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
+/// What a connection goes over: TLS, or for the provider's own nodes on the loopback what Pingora accepted.
+pub(super) trait Transport: AsyncBufRead + AsyncWrite + Unpin + Send + 'static {}
+
+impl<T: AsyncBufRead + AsyncWrite + Unpin + Send + 'static> Transport for T {}
+
+/// Where what comes is.
+#[derive(Debug)]
+enum At {
+    /// Before a head, or in it.
+    Head(End),
+    /// In a body of which so many octets are to come.
+    Length(u64),
+    /// In a body in chunks.
+    Chunked(Chunks),
+    /// In a body of which nothing can be told.
+    Unreadable,
+    /// All of a request has come.
+    Done,
+}
+
+/// A connection, as whoever serves it and the body of the request on it share it. Both are the same task.
+struct Wire {
+    stream: Box<dyn Transport>,
+    /// What has come and is no piece of a body yet.
+    buffer: BytesMut,
+    at: At,
+    /// What is still to be said before a body comes.
+    go_on: &'static [u8],
+}
+
+/// How a request is waited for.
+struct Waiting<'a> {
+    clock: &'a mut Clock,
+    /// It is the connection's first: its time is from the handshake on.
+    is_first: bool,
+    /// Some of its head has come.
+    has_begun: bool,
+    /// The time for its head.
+    headers: Duration,
+}
+
+/// The body of a request that is being served.
+pub(super) struct Body(Arc<Mutex<Wire>>);
+
+// === impl Wire ===
+
+impl Wire {
+    /// Takes more of what comes into the buffer. 0: no more comes.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut stream = Pin::new(&mut *self.stream);
+        let came = ready!(stream.as_mut().poll_fill_buf(cx))?;
+        let octets = came.len();
+        self.buffer.extend_from_slice(came);
+        stream.consume(octets);
+        Poll::Ready(Ok(octets))
+    }
+
+    /// Waits for a request. None: none comes, and there is nothing to say about it.
+    fn poll_request(
+        &mut self,
+        cx: &mut Context<'_>,
+        waits: &mut Waiting<'_>,
+    ) -> Poll<Result<Option<Request>, Refusal>> {
+        let At::Head(end) = &mut self.at else { return Poll::Ready(Ok(None)) };
+        let mut end = std::mem::take(end);
+        let request = loop {
+            skip_empty_lines(&mut self.buffer);
+            if !self.buffer.is_empty() {
+                if !std::mem::replace(&mut waits.has_begun, true) && !waits.is_first {
+                    // Most heads come whole, and need no clock.
+                    waits.clock.stop();
+                }
+                match Request::take(&mut self.buffer, &mut end) {
+                    Ok(None) => {}
+                    Ok(Some(request)) => break request,
+                    Err(why) => return Poll::Ready(Err(Refusal::BadHttp(why))),
+                }
+            }
+            match self.poll_fill(cx) {
+                Poll::Ready(Ok(1..)) => {}
+                Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Ok(None)),
+                Poll::Pending => {
+                    self.at = At::Head(end);
+                    self.give_back();
+                    if !waits.clock.is_set() {
+                        waits.clock.set(Instant::now() + waits.headers);
+                    }
+                    ready!(waits.clock.poll(cx));
+                    // Where nothing was asked, nothing is answered.
+                    return Poll::Ready(if waits.has_begun { Err(Refusal::TooSlow) } else { Ok(None) });
+                }
+            }
+        };
+        self.at = match request.framing {
+            Some(Framing::Length(0)) => At::Done,
+            Some(Framing::Length(length)) => At::Length(length),
+            Some(Framing::Chunked) => At::Chunked(Chunks::default()),
+            Some(Framing::UntilEnd) | None => At::Unreadable,
+        };
+        self.go_on = if request.awaits_continue && self.buffer.is_empty() { GO_ON } else { b"" };
+        self.give_back();
+        Poll::Ready(Ok(Some(request)))
+    }
+
+    /// More of a body. None: that was all.
+    fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
+        loop {
+            match &mut self.at {
+                At::Head(_) | At::Done => return Poll::Ready(None),
+                At::Unreadable => {
+                    return Poll::Ready(Some(Err(broken("it cannot be told where the body ends"))));
+                }
+                At::Length(rest) if !self.buffer.is_empty() => {
+                    let (piece, left) = split(&mut self.buffer, *rest);
+                    *rest = left;
+                    self.has_come(left == 0);
+                    return Poll::Ready(Some(Ok(piece)));
+                }
+                At::Chunked(chunks) => match chunks.take(&mut self.buffer) {
+                    Ok(Taken::Data(piece)) => {
+                        let is_done = chunks.is_done();
+                        self.has_come(is_done);
+                        return Poll::Ready(Some(Ok(piece)));
+                    }
+                    // Trailers say nothing that anybody has checked.
+                    Ok(Taken::End(_)) => {
+                        self.has_come(true);
+                        return Poll::Ready(None);
+                    }
+                    Ok(Taken::Nothing) => {}
+                    Err(why) => {
+                        self.at = At::Unreadable;
+                        return Poll::Ready(Some(Err(broken(why))));
+                    }
+                },
+                At::Length(_) => {}
+            }
+            ready!(self.poll_say_go_on(cx));
+            let mut stream = Pin::new(&mut *self.stream);
+            let came = match stream.as_mut().poll_fill_buf(cx) {
+                Poll::Pending => {
+                    self.give_back();
+                    return Poll::Pending;
+                }
+                Poll::Ready(Ok([]) | Err(_)) => {
+                    self.at = At::Unreadable;
+                    let refusal = Refusal::BadHttp("the body broke off");
+                    return Poll::Ready(Some(Err(Stop { refusal, broken: true, gone: true })));
+                }
+                Poll::Ready(Ok(came)) => came,
+            };
+            if let At::Length(rest) = &mut self.at {
+                // It is copied once, into a place of its own size.
+                let here = usize::try_from(*rest).unwrap_or(usize::MAX).min(came.len());
+                let piece = Bytes::copy_from_slice(came.get(..here).unwrap_or_default());
+                *rest -= here as u64;
+                let left = *rest;
+                stream.consume(here);
+                self.has_come(left == 0);
+                return Poll::Ready(Some(Ok(piece)));
+            }
+            let octets = came.len();
+            self.buffer.extend_from_slice(came);
+            stream.consume(octets);
+        }
+    }
+
+    /// Some of a body has come; all of it, if it is done.
+    fn has_come(&mut self, is_done: bool) {
+        if is_done {
+            self.at = At::Done;
+        }
+        self.give_back();
+    }
+
+    /// Gives the room for what has come back, where nothing is in it: whoever waits takes none.
+    fn give_back(&mut self) {
+        if self.buffer.is_empty() {
+            self.buffer = BytesMut::new();
+        }
+    }
+
+    /// Tells a client that waits for it that its body is wanted.
+    fn poll_say_go_on(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.go_on.is_empty() {
+            return Poll::Ready(());
+        }
+        while !self.go_on.is_empty() {
+            match ready!(Pin::new(&mut *self.stream).poll_write(cx, self.go_on)) {
+                Ok(written @ 1..) => self.go_on = self.go_on.get(written..).unwrap_or_default(),
+                // Whoever reads will see it.
+                _ => self.go_on = b"",
+            }
+        }
+        Pin::new(&mut *self.stream).poll_flush(cx).map(drop)
+    }
+
+    /// Whether a client whose request has come, and that has not been answered, is there no more.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !matches!(self.at, At::Done) {
+            return Poll::Pending;
+        }
+        // What has come stays where it is, and no more is read until it is taken.
+        match ready!(Pin::new(&mut *self.stream).poll_fill_buf(cx)) {
+            Ok([]) | Err(_) => Poll::Ready(()),
+            Ok(_) => Poll::Pending,
+        }
+    }
+}
+
+fn broken(why: &'static str) -> Stop {
+    Stop { refusal: Refusal::BadHttp(why), broken: true, gone: false }
+}
+
+// === impl Body ===
+
+impl Body {
+    /// More of it, never an empty piece. None: that was all.
+    pub(super) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
+        self.0.lock().poll_body(cx)
+    }
+
+    /// All of it has come.
+    pub(super) fn is_done(&self) -> bool {
+        matches!(self.0.lock().at, At::Done)
+    }
+
+    /// Passes over what is there of it, as long as that is not much: how many octets. Its client is not told to go on.
+    pub(super) fn skip(&mut self) -> u64 {
+        let mut wire = self.0.lock();
+        let mut skipped = 0;
+        while skipped < SKIPPED && wire.go_on.is_empty() {
+            match wire.poll_body(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(Some(Ok(piece))) => skipped += piece.len() as u64,
+                _ => break,
+            }
+        }
+        skipped
+    }
+}
+
+// === serving ===
+
+/// Serves all requests on a connection, until it ends.
+pub(super) async fn serve<R: Rules>(rules: Arc<R>, connection: Arc<Connection>, stream: Box<dyn Transport>) {
+    let at = At::Head(End::default());
+    let wire = Arc::new(Mutex::new(Wire { stream, buffer: BytesMut::new(), at, go_on: b"" }));
+    let mut clock = Clock::default();
+    clock.set(Instant::now() + rules.shared().live.load().timeouts.headers);
+    let mut is_first = true;
+    loop {
+        let headers = rules.shared().live.load().timeouts.headers;
+        let mut waits = Waiting { clock: &mut clock, is_first, has_begun: false, headers };
+        is_first = false;
+        let request = poll_fn(|cx| {
+            let mut wire = wire.lock();
+            // Whoever waits is told by the end of its connection; what has begun is served.
+            if connection.closes() && !waits.has_begun && wire.buffer.is_empty() {
+                return Poll::Ready(Ok(None));
+            }
+            wire.poll_request(cx, &mut waits)
+        });
+        let request = match request.await {
+            Ok(Some(request)) => request,
+            Ok(None) => break,
+            Err(refusal) => {
+                tracing::debug!(client = %connection.client, "no request: {}", refusal.reason());
+                connection.linger();
+                let limit = rules.shared().live.load().timeouts.body_total;
+                if refuse(&wire, &refusal, &mut clock, limit).await.is_err() {
+                    return;
+                }
+                break;
+            }
+        };
+        clock.stop();
+        let on_it = connection.begin();
+        let Request { parts, framing, keeps, takes_trailers, .. } = request;
+        let (method, version) = (parts.method.clone(), parts.version);
+        let rest = if framing == Some(Framing::Length(0)) { Rest::None } else { Rest::Http1(Body(wire.clone())) };
+        let session = Session::new(parts, rest, connection.clone());
+        // A connection has no room for it while there is none.
+        let answered = {
+            let mut serving = Box::pin(exchange::serve(rules.clone(), session, on_it));
+            let wire = &wire;
+            poll_fn(move |cx| match serving.as_mut().poll(cx) {
+                Poll::Pending => wire.lock().poll_gone(cx).map(|()| None),
+                Poll::Ready(answered) => Poll::Ready(answered.ok()),
+            })
+        };
+        // Nothing was said that could be taken for an answer.
+        let Some(answered) = answered.await else { break };
+        let (head, body) = answered.into_parts();
+        let says_close = head.headers.get(header::CONNECTION).is_some_and(|value| value == "close");
+        let closes = !keeps || says_close || connection.closes();
+        let answer = Answer::new(&head, body.length(), (&method, version), closes);
+        drop(head);
+        let (limit, keepalive) = {
+            let timeouts = &rules.shared().live.load().timeouts;
+            (timeouts.body_total, timeouts.keepalive)
+        };
+        let closes = answer.closes;
+        let mut writing = Writing { wire: &wire, answer, body, takes_trailers, clock: &mut clock, limit };
+        if poll_fn(|cx| writing.poll(cx)).await.is_err() {
+            return;
+        }
+        drop(writing);
+        let mut wire = wire.lock();
+        if closes || !matches!(wire.at, At::Done) {
+            break;
+        }
+        wire.at = At::Head(End::default());
+        clock.set(Instant::now() + keepalive);
+    }
+    let Some(wire) = Arc::into_inner(wire) else { return };
+    end(wire.into_inner().stream, &connection).await;
+}
+
+/// There is nobody to answer, or no answer to its end.
+struct Gone;
+
+/// Answers what is no request.
+async fn refuse(wire: &Mutex<Wire>, refusal: &Refusal, clock: &mut Clock, limit: Duration) -> Result<(), Gone> {
+    let (head, body) = answer::refusal(refusal).into_parts();
+    let mut answer = Answer::new(&head, Some(body.len() as u64), (&Method::GET, Version::HTTP_11), true);
+    answer.outgoing.add(body, true).and_then(|()| answer.outgoing.end()).map_err(|_| Gone)?;
+    clock.stop();
+    poll_fn(|cx| poll_out(wire, &mut answer, clock, (limit, None), cx)).await
+}
+
+/// An answer that is being written.
+struct Writing<'a, R: Rules> {
+    wire: &'a Mutex<Wire>,
+    answer: Answer,
+    body: AnswerBody<R>,
+    takes_trailers: bool,
+    clock: &'a mut Clock,
+    /// For some of it to be taken.
+    limit: Duration,
+}
+
+impl<R: Rules> Writing<'_, R> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
+        let mut pieces = PIECES_AT_ONCE;
+        loop {
+            let waits = loop {
+                if self.body.is_end_stream() {
+                    if !self.answer.outgoing.is_ended() {
+                        self.answer.outgoing.end().map_err(|_| Gone)?;
+                    }
+                    break false;
+                }
+                // What is no part of an answer, but has to end with it, is read away.
+                if pieces == 0 || !(self.answer.outgoing.is_ended() || self.answer.outgoing.has_room()) {
+                    break false;
+                }
+                pieces -= 1;
+                match Pin::new(&mut self.body).poll_frame(cx) {
+                    Poll::Ready(Some(Ok(frame))) => self.take(frame)?,
+                    Poll::Ready(Some(Err(_))) => return Poll::Ready(Err(Gone)),
+                    Poll::Ready(None) => {}
+                    Poll::Pending => break true,
+                }
+            };
+            let until = (self.limit, self.body.until());
+            ready!(poll_out(self.wire, &mut self.answer, self.clock, until, cx))?;
+            if self.body.is_end_stream() && self.answer.outgoing.is_ended() {
+                return Poll::Ready(Ok(()));
+            }
+            if waits {
+                // Whoever is not there any more needs no rest of it.
+                return self.wire.lock().poll_gone(cx).map(|()| Err(Gone));
+            }
+            if pieces == 0 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn take(&mut self, frame: Frame<Bytes>) -> Result<(), Gone> {
+        let outgoing = &mut self.answer.outgoing;
+        if outgoing.is_ended() {
+            return Ok(());
+        }
+        let taken = match frame.into_data() {
+            Ok(data) => outgoing.add(data, true),
+            Err(frame) => match frame.into_trailers() {
+                Ok(trailers) if self.takes_trailers => outgoing.end_with(&trailers),
+                _ => Ok(()),
+            },
+        };
+        taken.map_err(|_| Gone)
+    }
+}
+
+/// Writes what there is of an answer, within its time: so long for some of it to be taken, and all of it until then.
+fn poll_out(
+    wire: &Mutex<Wire>,
+    answer: &mut Answer,
+    clock: &mut Clock,
+    (limit, until): (Duration, Option<Instant>),
+    cx: &mut Context<'_>,
+) -> Poll<Result<(), Gone>> {
+    let mut wire = wire.lock();
+    if wire.go_on.len() == GO_ON.len() {
+        // Too late to say so.
+        wire.go_on = b"";
+    }
+    // What has been begun to be said is said first.
+    ready!(wire.poll_say_go_on(cx));
+    let stream = &mut *wire.stream;
+    let written = match answer.outgoing.poll_write(cx, stream) {
+        Poll::Ready(Ok(())) => answer.outgoing.poll_flush(cx, stream),
+        other => other,
+    };
+    if let Poll::Ready(written) = written {
+        clock.stop();
+        return Poll::Ready(written.map_err(|_| Gone));
+    }
+    let deadline = *answer.outgoing.until.get_or_insert_with(|| {
+        let stands_still = Instant::now() + limit;
+        until.map_or(stands_still, |until| until.min(stands_still)).into()
+    });
+    clock.set(deadline.into());
+    clock.poll(cx).map(|()| Err(Gone))
+}
+
+/// Ends a connection in good order: says so, and where its client may still be writing reads on.
+async fn end(mut stream: Box<dyn Transport>, connection: &Connection) {
+    let (total, idle) = LINGER;
+    if tokio::time::timeout(total, stream.shutdown()).await.is_err() || !connection.lingers() {
+        return;
+    }
+    if LINGERERS.fetch_add(1, Ordering::Relaxed) < LINGERING {
+        // What is counted of the connection is not for as long.
+        tokio::spawn(async move {
+            let _ = tokio::time::timeout(total, async {
+                let mut read = async || {
+                    let octets = poll_fn(|cx| Pin::new(&mut *stream).poll_fill_buf(cx).map_ok(<[u8]>::len)).await;
+                    let octets = octets.unwrap_or(0);
+                    Pin::new(&mut *stream).consume(octets);
+                    octets
+                };
+                while let Ok(1..) = tokio::time::timeout(idle, read()).await {}
+            })
+            .await;
+            LINGERERS.fetch_sub(1, Ordering::Relaxed);
+        });
+    } else {
+        LINGERERS.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,227 @@
+//! A message on its way out. Its head and the first piece of its body leave in one write, where that piece is there and small;
+//! larger ones are written from where they are.
+
+use super::Bad;
+use super::chunks::LAST;
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use http::HeaderMap;
+use std::fmt::Write as _;
+use std::io::{self, ErrorKind, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use tokio::io::AsyncWrite;
+use tokio::time::Instant;
+
+/// Up to this size a piece of a body is copied behind what goes before it, to be one write with it.
+pub const JOINED: usize = 4 * 1024;
+
+/// The last chunk, without trailers.
+const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
+
+/// How a body is framed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// By its length: octets that are still to come.
+    Length(u64),
+    /// In chunks.
+    Chunked,
+    /// By the end of the connection (HTTP/1.0).
+    UntilEnd,
+}
+
+/// A message: what is written next is `front`, then `piece`, then `back`.
+#[derive(Debug)]
+pub struct Outgoing {
+    front: BytesMut,
+    piece: Bytes,
+    back: &'static [u8],
+    framing: Framing,
+    /// Nothing is written yet.
+    is_untouched: bool,
+    /// The body has ended: what is here is the rest.
+    is_ended: bool,
+    /// Something was written and not flushed.
+    is_unflushed: bool,
+    /// Until when something has to be taken, where that is awaited. It is forgotten when something is.
+    pub until: Option<Instant>,
+}
+
+impl Outgoing {
+    /// Room for a head of so many octets, with the first piece of a body of that length, if it is known and small.
+    pub fn room(head: usize, length: Option<u64>) -> BytesMut {
+        let joined = length.and_then(|length| usize::try_from(length).ok()).filter(|length| *length <= JOINED);
+        BytesMut::with_capacity(head + joined.unwrap_or(0))
+    }
+
+    /// A message with this head, and a body that follows unless it `is_ended`.
+    pub fn new(head: BytesMut, framing: Framing, is_ended: bool) -> Self {
+        Self {
+            front: head,
+            piece: Bytes::new(),
+            back: b"",
+            framing,
+            is_untouched: true,
+            is_ended,
+            is_unflushed: false,
+            until: None,
+        }
+    }
+
+    /// The body has ended.
+    pub fn is_ended(&self) -> bool {
+        self.is_ended
+    }
+
+    /// Nothing of it is written yet.
+    pub fn is_untouched(&self) -> bool {
+        self.is_untouched
+    }
+
+    /// Another piece may be taken: nothing is left to write, or nothing is written and there is not much yet.
+    pub fn has_room(&self) -> bool {
+        !self.is_ended
+            && self.piece.is_empty()
+            && self.back.is_empty()
+            && (self.front.is_empty() || (self.is_untouched && self.front.len() <= JOINED))
+    }
+
+    /// Takes a piece of the body in. `is_vectored`: several pieces can be one write.
+    ///
+    /// # Errors
+    /// The body is longer than its length.
+    pub fn add(&mut self, piece: Bytes, is_vectored: bool) -> Result<(), Bad> {
+        // an empty chunk would be the last one
+        if piece.is_empty() {
+            return Ok(());
+        }
+        match &mut self.framing {
+            Framing::Length(rest) => {
+                *rest = rest.checked_sub(piece.len() as u64).ok_or("the body is longer than its length")?;
+            }
+            Framing::Chunked => {
+                // writing into memory does not fail
+                let _ = write!(self.front, "{:x}\r\n", piece.len());
+                self.back = b"\r\n";
+            }
+            Framing::UntilEnd => {}
+        }
+        let is_joined = !self.front.is_empty() && piece.len() <= JOINED && (self.is_untouched || !is_vectored);
+        if is_joined {
+            self.front.reserve(piece.len() + LAST.len());
+            self.front.put_slice(&piece);
+            self.front.put_slice(std::mem::take(&mut self.back));
+        } else {
+            self.piece = piece;
+        }
+        Ok(())
+    }
+
+    /// Takes in that the body has ended.
+    ///
+    /// # Errors
+    /// It is shorter than its length.
+    pub fn end(&mut self) -> Result<(), Bad> {
+        match self.framing {
+            Framing::Length(0) | Framing::UntilEnd => {}
+            Framing::Length(_) => return Err("the body is shorter than its length"),
+            Framing::Chunked if self.back.is_empty() => self.front.put_slice(LAST_CHUNK),
+            Framing::Chunked => self.back = LAST,
+        }
+        self.is_ended = true;
+        Ok(())
+    }
+
+    /// As [`Outgoing::end`], with trailers, which go out behind chunks alone. To be told while there is room.
+    ///
+    /// # Errors
+    /// As [`Outgoing::end`].
+    pub fn end_with(&mut self, trailers: &HeaderMap) -> Result<(), Bad> {
+        if self.framing != Framing::Chunked {
+            return self.end();
+        }
+        self.front.put_slice(b"0\r\n");
+        for (name, value) in trailers {
+            put_field(&mut self.front, name.as_str().as_bytes(), value.as_bytes());
+        }
+        self.front.put_slice(b"\r\n");
+        self.is_ended = true;
+        Ok(())
+    }
+
+    /// Writes all that is here.
+    ///
+    /// # Errors
+    /// Those of the stream.
+    pub fn poll_write<W: AsyncWrite + Unpin + ?Sized>(
+        &mut self,
+        cx: &mut Context<'_>,
+        stream: &mut W,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            let stream = Pin::new(&mut *stream);
+            let parts = [&*self.front, &*self.piece, self.back];
+            let mut filled = parts.iter().filter(|part| !part.is_empty());
+            let (first, second) = (filled.next(), filled.next());
+            let written = match (first, second) {
+                (None, _) => return Poll::Ready(Ok(())),
+                (Some(_), Some(_)) if stream.is_write_vectored() => {
+                    ready!(stream.poll_write_vectored(cx, &parts.map(IoSlice::new)))?
+                }
+                (Some(part), _) => ready!(stream.poll_write(cx, part))?,
+            };
+            if written == 0 {
+                return Poll::Ready(Err(ErrorKind::WriteZero.into()));
+            }
+            self.is_untouched = false;
+            self.is_unflushed = true;
+            self.until = None;
+            let of_front = written.min(self.front.len());
+            self.front.advance(of_front);
+            if self.front.is_empty() && self.framing != Framing::Chunked {
+                // It was for the head, and a body may take its time.
+                self.front = BytesMut::new();
+            }
+            let of_piece = (written - of_front).min(self.piece.len());
+            self.piece.advance(of_piece);
+            if self.piece.is_empty() {
+                // what it was a part of may be large
+                self.piece = Bytes::new();
+            }
+            self.back = self.back.get(written - of_front - of_piece..).unwrap_or_default();
+        }
+    }
+
+    /// Flushes what was written, if something was.
+    ///
+    /// # Errors
+    /// Those of the stream.
+    pub fn poll_flush<W: AsyncWrite + Unpin + ?Sized>(
+        &mut self,
+        cx: &mut Context<'_>,
+        stream: &mut W,
+    ) -> Poll<io::Result<()>> {
+        if self.is_unflushed {
+            ready!(Pin::new(stream).poll_flush(cx))?;
+            self.is_unflushed = false;
+            self.until = None;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Nothing of it is to be written any more.
+    pub fn clear(&mut self) {
+        self.front = BytesMut::new();
+        self.piece = Bytes::new();
+        self.back = b"";
+        self.is_ended = true;
+    }
+}
+
+/// Writes a field of a head, or of trailers.
+pub(super) fn put_field(into: &mut BytesMut, name: &[u8], value: &[u8]) {
+    into.reserve(name.len() + value.len() + 4);
+    into.put_slice(name);
+    into.put_slice(b": ");
+    into.put_slice(value);
+    into.put_slice(b"\r\n");
+}
