@@ -54,6 +54,8 @@ pub struct Connection {
     sleep: Option<Pin<Box<Sleep>>>,
     /// The clock holds the waker of the request that is under way.
     is_watched: bool,
+    /// Room for an answer's head: nothing is in it.
+    room: BytesMut,
 }
 
 impl std::fmt::Debug for Connection {
@@ -65,7 +67,7 @@ impl std::fmt::Debug for Connection {
 impl Connection {
     /// A connection on a stream that is there and speaks HTTP/1.1.
     pub fn new(stream: Stream) -> Self {
-        Self { stream, sleep: None, is_watched: false }
+        Self { stream, sleep: None, is_watched: false, room: BytesMut::new() }
     }
 
     /// Nothing has come on it: it is neither closed nor has the other side said anything unasked.
@@ -131,9 +133,9 @@ impl<S> std::fmt::Debug for Exchange<S> {
 
 impl<S: Source> Exchange<S> {
     /// A request on `connection`, which was kept from before if it is `reused`. Nothing is written until it is polled.
-    pub fn begin(connection: Connection, reused: bool, head: &Head, source: S, times: Times) -> Self {
+    pub fn begin(mut connection: Connection, reused: bool, head: &Head, source: S, times: Times) -> Self {
         let upload = Upload::new(head, source.length(), source.is_done());
-        let answer = Answer::new(head.method == Method::HEAD);
+        let answer = Answer::new(std::mem::take(&mut connection.room), head.method == Method::HEAD);
         let Times { read, write, .. } = times;
         Self { connection, source, upload, answer, is_reused: reused, read, write, read_until: None }
     }
@@ -192,6 +194,9 @@ impl<S: Source> Exchange<S> {
         let mut connection = self.connection;
         is_kept.then(|| {
             connection.rest();
+            if !self.answer.is_large {
+                connection.room = self.answer.buffer;
+            }
             connection
         })
     }
@@ -450,6 +455,8 @@ struct Answer {
     end: End,
     /// What is read at once.
     step: usize,
+    /// There has been room for more than a head.
+    is_large: bool,
     /// Answers before it.
     informational: u8,
     /// An octet of it has come.
@@ -461,12 +468,13 @@ struct Answer {
 }
 
 impl Answer {
-    fn new(is_bodyless: bool) -> Self {
+    fn new(room: BytesMut, is_bodyless: bool) -> Self {
         Self {
-            buffer: BytesMut::new(),
+            buffer: room,
             phase: Phase::Head,
             end: End::default(),
             step: READ_HEAD,
+            is_large: false,
             informational: 0,
             has_begun: false,
             is_bodyless,
@@ -482,6 +490,7 @@ impl Answer {
         };
         let wanted = most.min(self.step);
         if self.buffer.capacity() - self.buffer.len() < wanted.min(READ_MIN) {
+            self.is_large |= wanted > READ_HEAD;
             self.buffer.reserve(wanted);
         }
         let room = most.min(self.buffer.capacity() - self.buffer.len());

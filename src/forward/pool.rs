@@ -261,7 +261,8 @@ impl Clients {
                 Step::Wait(mut making) => {
                     let until = *until.get_or_insert_with(|| Instant::now() + peer.times.connect.min(LONGEST));
                     let made = making.wait_for(|made| !matches!(made, Made::NotYet));
-                    let made = tokio::time::timeout_at(until, made).await.map_err(|_| ConnectError::TimedOut)?;
+                    let made = Box::pin(tokio::time::timeout_at(until, made)).await;
+                    let made = made.map_err(|_| ConnectError::TimedOut)?;
                     // Who made it may be gone: then this is next, or another is.
                     if let Ok(Made::No(e)) = made.as_deref() {
                         return Err(again(e));
@@ -269,7 +270,8 @@ impl Clients {
                 }
                 Step::Make(maker) => {
                     let until = until.unwrap_or_else(|| Instant::now() + peer.times.connect.min(LONGEST));
-                    let made = tokio::time::timeout_at(until, make(peer)).await;
+                    // Few requests need one: they have no room for it.
+                    let made = Box::pin(tokio::time::timeout_at(until, make(peer))).await;
                     return match made.unwrap_or(Err(ConnectError::TimedOut)) {
                         Ok(New::Http1(connection)) => {
                             maker.end(Made::Yes, None);

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 /// How much later than it must have ended a download is dropped: before that it is refused, in the words for that.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// What is kept of a request while it is under way.
+/// What is kept of a request while it is under way. What few have is in a place of its own.
 pub(super) struct RequestContext {
     pub(super) began: Instant,
     pub(super) id: String,
@@ -33,7 +33,7 @@ pub(super) struct RequestContext {
     /// What the Delivery Service is asked at.
     pub(super) path: Option<PathAndQuery>,
     /// What is fetched, where it is not the Delivery Service that answers.
-    pub(super) download: Option<Download>,
+    pub(super) download: Option<Box<Download>>,
     pub(super) operation: Option<&'static str>,
     pub(super) provider: Option<String>,
     /// Of the group, for choosing its node: the same on every gateway and after every restart.
@@ -60,9 +60,9 @@ pub(super) struct RequestContext {
     pub(super) charged: u64,
     /// Its body's length is not known before it is in.
     pub(super) owes: bool,
-    owing: Option<(Arc<Admission>, Owing)>,
+    owing: Option<Box<(Arc<Admission>, Owing)>>,
     /// Its token, in hand until it ends.
-    pub(super) token: Option<Reservation>,
+    pub(super) token: Option<Box<Reservation>>,
     used_token: bool,
     pub(super) decision: Decision,
     /// What follows on the connection cannot be told from this request: it ends with the answer.
@@ -143,7 +143,8 @@ impl RequestContext {
     pub(super) fn admitted(&mut self, admission: &Arc<Admission>, subject: &Subject<'_>, tally: &Tally) {
         if self.owes {
             let owing = admission.owing(subject, tally);
-            self.owing = Some(owing).filter(|owing| !owing.is_empty()).map(|owing| (admission.clone(), owing));
+            let owing = Some(owing).filter(|owing| !owing.is_empty());
+            self.owing = owing.map(|owing| Box::new((admission.clone(), owing)));
         }
     }
 
@@ -174,8 +175,9 @@ impl RequestContext {
     fn say(&mut self) {
         let shared = self.shared.clone();
         let (body_in, body_out) = self.octets;
-        if let Some((admission, mut owing)) = self.owing.take() {
-            admission.owe(&mut owing, body_in.saturating_sub(self.charged));
+        if let Some(mut owing) = self.owing.take() {
+            let (admission, owing) = &mut *owing;
+            admission.owe(owing, body_in.saturating_sub(self.charged));
         }
         let reason = self.refused.as_ref().map(|(_, reason, _)| *reason);
         let provider = self.provider.as_deref().map(|p| Metrics::provider_label(&self.live.peers.named, p));

@@ -8,6 +8,7 @@ use super::http1::{self, Transport};
 use super::live::{ListenerTls, Live};
 use super::stream::{Connection, End, Ends};
 use super::{Gateway, Shared, http2, proxy_protocol};
+use crate::tls::TlsStream;
 use async_trait::async_trait;
 use pingora_core::apps::ServerApp;
 use pingora_core::protocols::Stream;
@@ -15,14 +16,11 @@ use pingora_core::server::ShutdownWatch;
 use prometheus::IntCounter;
 use rustls::HandshakeKind;
 use std::future::poll_fn;
-use std::io;
 use std::net::SocketAddr;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Poll, ready};
 use std::time::Instant;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio_rustls::server::TlsStream;
 
 /// Octets of a client's chain at most, and certificates in it.
 const LARGEST_CHAIN: usize = 16 * 1024;
@@ -67,8 +65,9 @@ impl Door {
         listener: &ListenerTls,
         client: SocketAddr,
         deadline: Instant,
-    ) -> Option<TlsStream<Direct>> {
-        let handshake = tokio::time::timeout_at(deadline.into(), listener.acceptor.accept(Direct(stream))).await;
+    ) -> Option<TlsStream<Stream>> {
+        let handshake =
+            tokio::time::timeout_at(deadline.into(), TlsStream::accept(listener.config.clone(), stream)).await;
         let result = |label| self.shared.metrics.handshakes.with_label_values(&[label]).inc();
         match handshake {
             Ok(Ok(stream)) => {
@@ -98,13 +97,13 @@ impl ServerApp for Door {
         let open = connections.open(&live).map_err(|why| self.refused(why)).ok()?;
         let client = self.client(&mut stream, &listener, deadline).await?;
         let (of_ip, handshake) = connections.from(&live, client.ip()).map_err(|why| self.refused(why)).ok()?;
-        let stream = self.handshake(stream, &listener, client, deadline).await?;
+        let stream = Box::new(self.handshake(stream, &listener, client, deadline).await?);
         drop(handshake);
 
         let connection = Arc::new(Connection::new(
             client,
             self.address,
-            stream.get_ref().1,
+            &stream,
             &listener,
             live.fields.tls.is_some(),
             self.shared.metrics.connections.clone(),
@@ -117,7 +116,7 @@ impl ServerApp for Door {
         }
         // A resumed session brings its certificate from before, which nobody has looked at since: it may have ended, or what
         // it chains to.
-        let resumed = stream.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed);
+        let resumed = stream.session().handshake_kind() == Some(HandshakeKind::Resumed);
         if resumed && !connection.chain.is_empty() && !listener.trusts(&connection.chain) {
             self.refused("certificate-expired");
             return None;
@@ -162,15 +161,16 @@ pub(super) struct Serving<R> {
 impl<R: Rules> Serving<R> {
     /// Serves all requests on a connection. `shutdown` says that no more is accepted: over HTTP/2 the client is told then, over
     /// HTTP/1.1 with the next answer, or once those that wait are closed.
-    pub(super) async fn until_its_end<T: Transport>(self, stream: T, live: &Live, shutdown: ShutdownWatch) {
+    pub(super) async fn until_its_end<T: Transport>(self, stream: Box<T>, live: &Live, shutdown: ShutdownWatch) {
         let Self { rules, connection, frames, cut } = self;
         let timeouts = &live.timeouts;
         let end = if connection.h2 {
             let stream = http2::Stream::new(stream, connection.clone(), timeouts.headers, timeouts.body_total, frames);
-            http2::serve(rules, connection, stream, live.http2, timeouts.keepalive, shutdown).await
+            // Connections of HTTP/1.1, most of which wait, have no room for it.
+            Box::pin(http2::serve(rules, connection, stream, live.http2, timeouts.keepalive, shutdown)).await
         } else {
             let mut ends = Ends::of(&connection);
-            let mut serving = pin!(http1::serve(rules, connection.clone(), Box::new(stream)));
+            let mut serving = pin!(http1::serve(rules, connection.clone(), stream));
             poll_fn(|cx| {
                 if serving.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(None);
@@ -195,45 +195,4 @@ impl<R: Rules> Serving<R> {
 pub(super) fn client_of(stream: &Stream) -> Option<SocketAddr> {
     let digest = stream.get_socket_digest()?;
     digest.peer_addr().and_then(|address| address.as_inet()).copied()
-}
-
-/// What Pingora accepted, where what is one piece is sent as one: rustls hands on whatever it has as a list, which costs the kernel
-/// more than a piece does.
-pub(super) struct Direct(Stream);
-
-impl AsyncRead for Direct {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Direct {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().0).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let stream = Pin::new(&mut self.get_mut().0);
-        let mut filled = bufs.iter().filter(|buf| !buf.is_empty());
-        match (filled.next(), filled.next()) {
-            (Some(one), None) => stream.poll_write(cx, one),
-            _ => stream.poll_write_vectored(cx, bufs),
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_shutdown(cx)
-    }
 }

@@ -18,6 +18,7 @@ use crate::egress::{Error as Undiscovered, Found};
 use crate::forward::{ConnectError, Error, Head, Peer, Protocol, Times};
 use crate::problem::Refusal;
 use crate::telemetry::{Decision, Line};
+use crate::tls::TlsStream;
 use crate::upstream;
 use crate::wire::ProviderName;
 use async_trait::async_trait;
@@ -66,14 +67,15 @@ impl ServerApp for EgressDoor {
         let Some(tls) = &egress.tls else {
             let connection = Arc::new(Connection::plain(client, self.address, open));
             let _entry = self.shared.connections.keep(&connection);
-            serving(&connection).until_its_end(BufReader::new(stream), &live, shutdown.clone()).await;
+            serving(&connection).until_its_end(Box::new(BufReader::new(stream)), &live, shutdown.clone()).await;
             return None;
         };
-        let accepted = tokio::time::timeout(live.timeouts.tls_handshake, tls.acceptor.accept(stream)).await;
+        let accepted =
+            tokio::time::timeout(live.timeouts.tls_handshake, TlsStream::accept(tls.config.clone(), stream)).await;
         let stream = accepted.ok()?.inspect_err(|e| tracing::debug!(%client, "egress: TLS handshake: {e}")).ok()?;
-        let connection = Arc::new(Connection::new(client, self.address, stream.get_ref().1, tls, false, open));
+        let connection = Arc::new(Connection::new(client, self.address, &stream, tls, false, open));
         let _entry = self.shared.connections.keep(&connection);
-        serving(&connection).until_its_end(stream, &live, shutdown.clone()).await;
+        serving(&connection).until_its_end(Box::new(stream), &live, shutdown.clone()).await;
         None
     }
 

@@ -125,27 +125,30 @@ pub(super) async fn serve<R: Rules>(
     let mut under_way = Box::new(UnderWay { rules, ctx, exchange: None, peer: None, went: 0, late: None, on_it });
     let UnderWay { rules, ctx, .. } = &mut *under_way;
     match rules.admit(&mut session, ctx).await {
-        Ok(None) => forward(session, under_way).await,
+        Ok(None) => forward(&mut session, under_way).await,
         Ok(Some(own)) => Ok(own_answer(&mut session, under_way, own)),
         Err(refusal) => Ok(refuse(&mut session, under_way, &refusal)),
     }
 }
 
-async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>) -> Result<Response<Answer<R>>, Gone> {
-    let head = match under_way.rules.head(&session, &mut under_way.ctx) {
+async fn forward<R: Rules>(
+    session: &mut Session,
+    mut under_way: Box<UnderWay<R>>,
+) -> Result<Response<Answer<R>>, Gone> {
+    let head = match under_way.rules.head(session, &mut under_way.ctx) {
         Ok(head) => head,
-        Err(refusal) => return Ok(refuse(&mut session, under_way, &refusal)),
+        Err(refusal) => return Ok(refuse(session, under_way, &refusal)),
     };
     for _ in 0..MOST_TRIES {
         let UnderWay { rules, ctx, .. } = &mut *under_way;
         let peer = match rules.peer(ctx).await {
             Ok(peer) => peer,
-            Err(refusal) => return Ok(refuse(&mut session, under_way, &refusal)),
+            Err(refusal) => return Ok(refuse(session, under_way, &refusal)),
         };
         let (link, kept) = match rules.shared().clients.link(&peer).await {
             Ok(link) => link,
             Err(e) => match rules.unconnected(&e, ctx) {
-                Some(refusal) => return Ok(refuse(&mut session, under_way, &refusal)),
+                Some(refusal) => return Ok(refuse(session, under_way, &refusal)),
                 None => continue,
             },
         };
@@ -169,7 +172,7 @@ async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>
                     let _ = std::future::poll_fn(|cx| exchange.poll_frame(cx)).await;
                 }
                 under_way.peer = Some(peer);
-                return Ok(pass_on(&mut session, under_way, answer, body_was_in));
+                return Ok(pass_on(session, under_way, answer, body_was_in));
             }
             Err(e) => {
                 let Some(exchange) = under_way.exchange.take() else { break };
@@ -178,8 +181,8 @@ async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>
                 let UnderWay { rules, ctx, .. } = &mut *under_way;
                 match rules.failed(e, way, ctx) {
                     Failed::Again if can_be_sent_again => {}
-                    Failed::Refuse(refusal) => return Ok(refuse(&mut session, under_way, &refusal)),
-                    Failed::Again => return Ok(refuse(&mut session, under_way, &Refusal::BadGateway)),
+                    Failed::Refuse(refusal) => return Ok(refuse(session, under_way, &refusal)),
+                    Failed::Again => return Ok(refuse(session, under_way, &Refusal::BadGateway)),
                     Failed::Abort => {
                         under_way.ctx.octets(session.came(), 0);
                         under_way.ctx.aborted(None);
@@ -189,7 +192,7 @@ async fn forward<R: Rules>(mut session: Session, mut under_way: Box<UnderWay<R>>
             }
         }
     }
-    Ok(refuse(&mut session, under_way, &Refusal::BadGateway))
+    Ok(refuse(session, under_way, &Refusal::BadGateway))
 }
 
 fn is_late(late: &mut Option<Pin<Box<Sleep>>>, cx: &mut Context<'_>) -> bool {

@@ -13,10 +13,12 @@ use super::stream::{Clock, Connection};
 use crate::forward::Stop;
 use crate::http1::{Answer, Chunks, End, Framing, Request, Taken, skip_empty_lines, split};
 use crate::problem::Refusal;
+use crate::tls::{READ, TlsStream};
 use bytes::{Bytes, BytesMut};
 use http::{Method, Version, header};
 use hyper::body::{Body as _, Frame};
 use parking_lot::Mutex;
+use pingora_core::protocols::Stream;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
@@ -24,7 +26,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncBufRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, AsyncWriteExt as _, BufReader};
+
+/// Octets of an upload that are read at once where there are many.
+const RECORD: usize = 16 * 1024;
 
 /// Octets of a body that nobody wants that are passed over, so that the next request can follow.
 const SKIPPED: u64 = 16 * 1024;
@@ -42,10 +47,35 @@ static LINGERERS: AtomicUsize = AtomicUsize::new(0);
 
 const GO_ON: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
-/// What a connection goes over: TLS, or for the provider's own nodes on the loopback what Pingora accepted.
-pub(super) trait Transport: AsyncBufRead + AsyncWrite + Unpin + Send + 'static {}
+/// What a connection goes over.
+pub(super) trait Transport: AsyncBufRead + AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// Takes what has come, at most so many octets: none, where no more comes. Little more is read at once than 16 KiB, unless that
+    /// is to be done `amply`.
+    fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, amply: bool) -> Poll<io::Result<Bytes>>;
+}
 
-impl<T: AsyncBufRead + AsyncWrite + Unpin + Send + 'static> Transport for T {}
+impl Transport for TlsStream<Stream> {
+    fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, amply: bool) -> Poll<io::Result<Bytes>> {
+        self.poll_take(cx, most, amply)
+    }
+}
+
+/// That of the provider's own nodes on the loopback.
+impl Transport for BufReader<Stream> {
+    fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, _: bool) -> Poll<io::Result<Bytes>> {
+        let mut this = Pin::new(self);
+        let came = ready!(this.as_mut().poll_fill_buf(cx))?;
+        let taken = Bytes::copy_from_slice(came.get(..most).unwrap_or(came));
+        this.consume(taken.len());
+        Poll::Ready(Ok(taken))
+    }
+}
+
+/// Octets of uploads that may be read more at once than of a record each, so that they are fewer calls to the kernel.
+const AMPLE: usize = 512 * 1024;
+
+/// Octets of uploads for which that is so now.
+static AMPLY_READ: AtomicUsize = AtomicUsize::new(0);
 
 /// Where what comes is.
 #[derive(Debug)]
@@ -70,6 +100,24 @@ struct Wire {
     at: At,
     /// What is still to be said before a body comes.
     go_on: &'static [u8],
+    /// The last piece of a body may be a large one.
+    ample: Option<Ample>,
+}
+
+/// A part of what may be read amply.
+struct Ample;
+
+impl Ample {
+    fn new() -> Option<Self> {
+        let more = |octets: usize| octets.checked_add(READ).filter(|octets| *octets <= AMPLE);
+        AMPLY_READ.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self)
+    }
+}
+
+impl Drop for Ample {
+    fn drop(&mut self) {
+        AMPLY_READ.fetch_sub(READ, Ordering::Relaxed);
+    }
 }
 
 /// How a request is waited for.
@@ -91,11 +139,13 @@ pub(super) struct Body(Arc<Mutex<Wire>>);
 impl Wire {
     /// Takes more of what comes into the buffer. 0: no more comes.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let mut stream = Pin::new(&mut *self.stream);
-        let came = ready!(stream.as_mut().poll_fill_buf(cx))?;
+        let came = ready!(self.stream.poll_take(cx, READ, true))?;
         let octets = came.len();
-        self.buffer.extend_from_slice(came);
-        stream.consume(octets);
+        if self.buffer.is_empty() {
+            self.buffer = BytesMut::from(came);
+        } else {
+            self.buffer.extend_from_slice(&came);
+        }
         Poll::Ready(Ok(octets))
     }
 
@@ -180,32 +230,36 @@ impl Wire {
                 At::Length(_) => {}
             }
             ready!(self.poll_say_go_on(cx));
-            let mut stream = Pin::new(&mut *self.stream);
-            let came = match stream.as_mut().poll_fill_buf(cx) {
+            // The piece before is with its node.
+            self.ample = None;
+            let ample = Ample::new();
+            let most = match &self.at {
+                At::Length(rest) => usize::try_from(*rest).unwrap_or(READ),
+                _ => READ,
+            };
+            let came = match self.stream.poll_take(cx, most, ample.is_some()) {
                 Poll::Pending => {
                     self.give_back();
                     return Poll::Pending;
                 }
-                Poll::Ready(Ok([]) | Err(_)) => {
+                Poll::Ready(Ok(came)) if !came.is_empty() => came,
+                Poll::Ready(_) => {
                     self.at = At::Unreadable;
                     let refusal = Refusal::BadHttp("the body broke off");
                     return Poll::Ready(Some(Err(Stop { refusal, broken: true, gone: true })));
                 }
-                Poll::Ready(Ok(came)) => came,
             };
-            if let At::Length(rest) = &mut self.at {
-                // It is copied once, into a place of its own size.
-                let here = usize::try_from(*rest).unwrap_or(usize::MAX).min(came.len());
-                let piece = Bytes::copy_from_slice(came.get(..here).unwrap_or_default());
-                *rest -= here as u64;
-                let left = *rest;
-                stream.consume(here);
-                self.has_come(left == 0);
-                return Poll::Ready(Some(Ok(piece)));
+            self.ample = ample.filter(|_| came.len() > RECORD);
+            match &mut self.at {
+                At::Length(rest) => {
+                    *rest = rest.saturating_sub(came.len() as u64);
+                    let is_done = *rest == 0;
+                    self.has_come(is_done);
+                    return Poll::Ready(Some(Ok(came)));
+                }
+                _ if self.buffer.is_empty() => self.buffer = BytesMut::from(came),
+                _ => self.buffer.extend_from_slice(&came),
             }
-            let octets = came.len();
-            self.buffer.extend_from_slice(came);
-            stream.consume(octets);
         }
     }
 
@@ -288,7 +342,7 @@ impl Body {
 /// Serves all requests on a connection, until it ends.
 pub(super) async fn serve<R: Rules>(rules: Arc<R>, connection: Arc<Connection>, stream: Box<dyn Transport>) {
     let at = At::Head(End::default());
-    let wire = Arc::new(Mutex::new(Wire { stream, buffer: BytesMut::new(), at, go_on: b"" }));
+    let wire = Arc::new(Mutex::new(Wire { stream, buffer: BytesMut::new(), at, go_on: b"", ample: None }));
     let mut clock = Clock::default();
     clock.set(Instant::now() + rules.shared().live.load().timeouts.headers);
     let mut is_first = true;

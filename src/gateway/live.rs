@@ -23,7 +23,6 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
-use tokio_rustls::TlsAcceptor;
 
 /// What is in use.
 #[derive(Clone)]
@@ -69,7 +68,7 @@ struct ListenerSettings {
 
 /// The TLS of a listener.
 pub(super) struct ListenerTls {
-    pub(super) acceptor: TlsAcceptor,
+    pub(super) config: Arc<rustls::ServerConfig>,
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     /// Stands for what it trusts.
     pub(super) trust: Option<[u8; 32]>,
@@ -257,7 +256,7 @@ pub(super) fn listener_tls(
     });
     let config = tls::server_config(store.clone(), verifier.clone(), tickets)?;
     let trust = trusted(client_auth).map(|trusted| trusted.trust.digest());
-    Ok(ListenerTls { acceptor: TlsAcceptor::from(Arc::new(config)), verifier, trust, required, proxy_protocol })
+    Ok(ListenerTls { config: Arc::new(config), verifier, trust, required, proxy_protocol })
 }
 
 impl ListenerTls {

@@ -102,6 +102,38 @@ fn passes(verdict: Verdict) -> Result<bool, Refusal> {
     }
 }
 
+/// What limits say at once.
+enum AtOnce {
+    /// They let the request pass.
+    Passed,
+    /// They say so, and a token is required or helps; or a fleet's store has to be asked.
+    Waits(Option<Box<(Verdict, Tally)>>),
+}
+
+fn limits_at_once(ctx: &mut RequestContext, subject: &Subject<'_>) -> Result<AtOnce, Refusal> {
+    let live = ctx.live.clone();
+    let admission = &live.admission;
+    ctx.tickets = admission.enter(subject).map_err(limited)?;
+    let required = admission.policy().token_required(subject.operation, subject.ip);
+    let Some((decision, tally)) = admission.decide_at_once(subject, false, !required) else {
+        return Ok(AtOnce::Waits(None));
+    };
+    match decision {
+        Verdict::Pass { .. } if !required => {
+            admission.account(&tally);
+            ctx.admitted(admission, subject, &tally);
+            Ok(AtOnce::Passed)
+        }
+        Verdict::Pass { .. } | Verdict::Refuse { token_helps: true, .. } => {
+            Ok(AtOnce::Waits(Some(Box::new((decision, tally)))))
+        }
+        other => {
+            admission.account(&tally);
+            passes(other).map(|_| AtOnce::Passed)
+        }
+    }
+}
+
 /// Host (`:authority`) and SNI are ours, the port aside.
 fn check_host(live: &Live, request: &Parts, connection: &Connection) -> Result<(), Refusal> {
     let host = answer::authority(request)?;
@@ -210,7 +242,8 @@ impl Gateway {
         let target = listed.and_then(|of| Target::read(parameter, &of.settings).map_err(Refusal::Download));
         self.identify_and_admit(session, ctx, connection, &envelope).await?;
         let (target, downloads) = (target?, live.downloads.clone().ok_or(Refusal::Internal)?);
-        ctx.download = Some(Download::new(target, downloads).await.map_err(Refusal::Download)?);
+        let download = Download::new(target, downloads).await.map_err(Refusal::Download)?;
+        ctx.download = Some(Box::new(download));
         Ok(())
     }
 
@@ -250,28 +283,40 @@ impl Gateway {
     }
 
     /// Limits before tokens: a token is dear to check. It is taken in hand before the limits are charged, and spent only
-    /// once the request is on its way to the Delivery Service.
+    /// once the request is on its way to the Delivery Service. Most requests need neither a token nor a store: they are decided
+    /// at once, and have no room for what others wait for.
     async fn limits_and_token(
         &self,
         session: &Session,
         ctx: &mut RequestContext,
         subject: &Subject<'_>,
     ) -> Result<(), Refusal> {
+        match limits_at_once(ctx, subject)? {
+            AtOnce::Passed => Ok(()),
+            AtOnce::Waits(decided) => Box::pin(self.limits_and_token_waiting(session, ctx, subject, decided)).await,
+        }
+    }
+
+    async fn limits_and_token_waiting(
+        &self,
+        session: &Session,
+        ctx: &mut RequestContext,
+        subject: &Subject<'_>,
+        decided: Option<Box<(Verdict, Tally)>>,
+    ) -> Result<(), Refusal> {
         let admission = &ctx.live.admission.clone();
-        ctx.tickets = admission.enter(subject).map_err(limited)?;
         let required = admission.policy().token_required(subject.operation, subject.ip);
-        let (decision, mut tally) = match admission.decide_at_once(subject, false, !required) {
-            Some(decided) => decided,
-            // What waits for others is boxed, here and below: a request is no larger for what most are without.
-            None => Box::pin(admission.decide(subject, false, !required)).await,
+        let (decision, mut tally) = match decided {
+            Some(decided) => *decided,
+            None => admission.decide(subject, false, !required).await,
         };
         let admitted = match decision {
             Verdict::Pass { .. } if !required => Ok(()),
             Verdict::Pass { .. } => {
-                Box::pin(self.with_token(session, ctx, subject, admission, required, vec![], &mut tally)).await
+                self.with_token(session, ctx, subject, admission, required, vec![], &mut tally).await
             }
             Verdict::Refuse { violated, token_helps: true } => {
-                Box::pin(self.with_token(session, ctx, subject, admission, required, violated, &mut tally)).await
+                self.with_token(session, ctx, subject, admission, required, violated, &mut tally).await
             }
             other => passes(other).map(drop),
         };
@@ -340,7 +385,7 @@ impl Gateway {
         *tally = again;
         let topped_up = passes(decision)?;
         // One that was not needed after all is not spent.
-        ctx.token = Some(token).filter(|_| topped_up || required);
+        ctx.token = Some(token).filter(|_| topped_up || required).map(Box::new);
         Ok(())
     }
 

@@ -4,8 +4,9 @@
 use super::fields::forwarded_for;
 use super::live::ListenerTls;
 use crate::admission::PeerIdentity;
-use crate::tls;
+use crate::tls::{self, TlsStream};
 use atomic_waker::AtomicWaker;
+use pingora_core::protocols::Stream;
 use rustls::pki_types::CertificateDer;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -124,15 +125,16 @@ impl Connection {
     pub(super) fn new(
         client: SocketAddr,
         listener: SocketAddr,
-        session: &rustls::ServerConnection,
+        stream: &TlsStream<Stream>,
         of: &ListenerTls,
         says_tls: bool,
         open: prometheus::IntGauge,
     ) -> Self {
+        let session = stream.session();
         let chain: Vec<_> =
             session.peer_certificates().unwrap_or_default().iter().map(|der| der.clone().into_owned()).collect();
         let mut connection = Self::plain(client, listener, open);
-        connection.sni = session.server_name().map(str::to_owned);
+        connection.sni = stream.server_name().map(str::to_owned);
         connection.identity = chain.first().map(tls::identity);
         connection.h2 = session.alpn_protocol() == Some(b"h2");
         connection.trust = of.trust;
@@ -226,7 +228,7 @@ impl Connection {
 }
 
 /// Version, cipher suite and key exchange, as a field says them.
-fn negotiated(session: &rustls::ServerConnection) -> String {
+fn negotiated(session: &rustls::CommonState) -> String {
     let version = match session.protocol_version() {
         Some(rustls::ProtocolVersion::TLSv1_3) => "TLSv1.3",
         _ => "unknown",

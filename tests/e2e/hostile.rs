@@ -313,9 +313,10 @@ async fn expect_100_continue() {
     // Who is told to go on and does not is still told that it was too slow.
     for sent in [0, 20, 60] {
         let answer = raw(&gateway, &[expect("").as_bytes(), &body[..sent]]).await;
-        let (go_on, refusal) = answer.split_once("\r\n\r\n").unwrap();
-        assert_eq!(go_on, "HTTP/1.1 100 Continue");
-        is(refusal, 408);
+        let refusal = answer.strip_prefix("HTTP/1.1 100 Continue\r\n\r\n");
+        // Where some of the body is there it need not be said (RFC 9110 §10.1.1).
+        assert!(refusal.is_some() || sent > 0, "{answer}");
+        is(refusal.unwrap_or(&answer), 408);
     }
     // Who is refused before the body is wanted is not told to go on.
     let elsewhere = expect("").replace("ds.b.example", "c.example");

@@ -1,0 +1,723 @@
+//! TLS as a server, over rustls's connections without buffers (`rustls::unbuffered`): a connection that waits holds none.
+//!
+//! What comes is read into a place that all connections of a thread share, and decrypted there; what is left behind is a record
+//! that has not come whole, and octets that nobody has taken yet. What goes out is encrypted in such a place too, and written from
+//! there; what is not taken of it is kept. So nothing is held for most connections most of the time, and many records are one
+//! call to the kernel.
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use rustls::ServerConfig;
+use rustls::server::{Acceptor, UnbufferedServerConnection};
+use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::io::{self, ErrorKind};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
+
+/// What a record of 16 KiB takes that is not padded (RFC 8446 §5.2): whoever has much to send sends these.
+const FULL_RECORD: usize = 5 + 16 * 1024 + 17;
+
+/// What is read at once at most, with a record that was left behind.
+pub const READ: usize = 64 * 1024;
+
+/// Octets that are encrypted at once, and what these take.
+const WRITE: usize = 48 * 1024;
+const WRITTEN: usize = 64 * 1024;
+
+/// Octets of a ClientHello at most, with those of its records.
+const HELLO: usize = READ;
+
+thread_local! {
+    static ROOM_TO_READ: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
+    static ROOM_TO_WRITE: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
+}
+
+/// A place that the connections of this thread take turns in, while this is there.
+struct Room {
+    octets: Box<[u8]>,
+    of: &'static std::thread::LocalKey<Cell<Option<Box<[u8]>>>>,
+}
+
+impl Room {
+    fn to_read() -> Self {
+        Self { octets: ROOM_TO_READ.take().unwrap_or_else(|| vec![0; READ].into()), of: &ROOM_TO_READ }
+    }
+
+    fn to_write() -> Self {
+        Self { octets: ROOM_TO_WRITE.take().unwrap_or_else(|| vec![0; WRITTEN].into()), of: &ROOM_TO_WRITE }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.of.set(Some(std::mem::take(&mut self.octets)));
+    }
+}
+
+/// A connection after its handshake.
+pub struct TlsStream<IO> {
+    io: IO,
+    connection: UnbufferedServerConnection,
+    server_name: Option<Box<str>>,
+    /// The beginning of a record.
+    incoming: BytesMut,
+    /// What was decrypted, and nobody has taken.
+    plain: BytesMut,
+    /// What was encrypted, and is not out.
+    outgoing: BytesMut,
+    /// What came was no TLS: nothing is to be read or written any more, but for that being said.
+    has_failed: bool,
+    /// The other side has said that no more comes.
+    is_read_closed: bool,
+    /// We have.
+    is_write_closed: bool,
+}
+
+impl<IO> std::fmt::Debug for TlsStream<IO> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TlsStream").finish_non_exhaustive()
+    }
+}
+
+fn bad(e: rustls::Error) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, e)
+}
+
+fn cut_off() -> io::Error {
+    io::Error::new(ErrorKind::UnexpectedEof, "it ended without close_notify")
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
+    /// Does the handshake. It has no time limit of its own.
+    ///
+    /// # Errors
+    /// The connection ends, or what comes is no TLS, or none that `config` has: the other side is told.
+    pub async fn accept(config: Arc<ServerConfig>, mut io: IO) -> io::Result<Self> {
+        let (mut hello, server_name) = hello(&mut io).await?;
+        let connection = UnbufferedServerConnection::new(config).map_err(bad)?;
+        let mut this = Self {
+            io,
+            connection,
+            server_name,
+            incoming: BytesMut::new(),
+            plain: BytesMut::new(),
+            outgoing: BytesMut::new(),
+            has_failed: false,
+            is_read_closed: false,
+            is_write_closed: false,
+        };
+        match this.process(&mut hello) {
+            Ok(processed) => hello.advance(processed),
+            Err(e) => {
+                poll_fn(|cx| this.poll_send(cx)).await?;
+                return Err(e);
+            }
+        }
+        this.incoming = hello;
+        while this.connection.is_handshaking() {
+            // It sends what there is to be sent. Tickets, which come last, are not waited for.
+            if !poll_fn(|cx| this.poll_read_more(cx, true)).await? {
+                return Err(cut_off());
+            }
+        }
+        Ok(this)
+    }
+
+    /// The name that the client has asked for (SNI).
+    pub fn server_name(&self) -> Option<&str> {
+        self.server_name.as_deref()
+    }
+
+    /// What was negotiated, and who is there.
+    pub fn session(&self) -> &rustls::CommonState {
+        &self.connection
+    }
+
+    /// Processes whole records at the front of `octets`: how many octets they were.
+    fn process(&mut self, octets: &mut [u8]) -> io::Result<usize> {
+        let mut used = 0;
+        loop {
+            let rest = octets.get_mut(used..).unwrap_or_default();
+            let left = rest.len();
+            let UnbufferedStatus { mut discard, state } = self.connection.process_tls_records(rest);
+            let mut goes_on = true;
+            match state {
+                Ok(ConnectionState::ReadTraffic(mut traffic)) => {
+                    if self.plain.capacity() == self.plain.len() {
+                        // No more comes out than went in.
+                        self.plain.reserve(left);
+                    }
+                    while let Some(record) = traffic.next_record() {
+                        let record = record.map_err(bad)?;
+                        discard += record.discard;
+                        self.plain.extend_from_slice(record.payload);
+                    }
+                }
+                Ok(ConnectionState::EncodeTlsData(mut message)) => {
+                    let before = self.outgoing.len();
+                    if let Err(EncodeError::InsufficientSize(size)) = message.encode(&mut []) {
+                        self.outgoing.resize(before + size.required_size, 0);
+                        let room = self.outgoing.get_mut(before..).unwrap_or_default();
+                        message.encode(room).map_err(io::Error::other)?;
+                    }
+                }
+                // It is, before anything else is.
+                Ok(ConnectionState::TransmitTlsData(transmit)) => transmit.done(),
+                Ok(ConnectionState::PeerClosed) => self.is_read_closed = true,
+                Ok(ConnectionState::Closed) => {
+                    self.is_read_closed = true;
+                    goes_on = false;
+                }
+                Ok(ConnectionState::BlockedHandshake | ConnectionState::WriteTraffic(_)) => goes_on = false,
+                // No ticket offers early data.
+                Ok(_) => return Err(ErrorKind::InvalidData.into()),
+                Err(e) => {
+                    self.has_failed = true;
+                    self.take_alert(octets.get_mut(used + discard..).unwrap_or_default());
+                    return Err(bad(e));
+                }
+            }
+            used += discard;
+            if !goes_on {
+                return Ok(used);
+            }
+        }
+    }
+
+    /// What the other side is told of an error. `rest` is what has not been processed: rustls knows places in it.
+    fn take_alert(&mut self, rest: &mut [u8]) {
+        let mut state = self.connection.process_tls_records(rest).state;
+        if let Ok(ConnectionState::EncodeTlsData(message)) = &mut state {
+            let mut alert = [0; 256];
+            if let Ok(length) = message.encode(&mut alert) {
+                self.outgoing.extend_from_slice(alert.get(..length).unwrap_or_default());
+            }
+        }
+    }
+
+    /// Waits for more, of one record unless it is read `amply`: whether something came, or that no more will.
+    fn poll_read_more(&mut self, cx: &mut Context<'_>, amply: bool) -> Poll<io::Result<bool>> {
+        let mut room = Room::to_read();
+        let octets = &mut room.octets;
+        loop {
+            if self.has_failed {
+                return Poll::Ready(Err(ErrorKind::NotConnected.into()));
+            }
+            if self.is_read_closed {
+                return Poll::Ready(Ok(false));
+            }
+            // Whoever reads is who is there to send what is left.
+            let _ = self.poll_send(cx)?;
+            let have = self.incoming.len();
+            let Some((before, free)) = octets.split_at_mut_checked(have) else {
+                return Poll::Ready(Err(ErrorKind::InvalidData.into()));
+            };
+            before.copy_from_slice(&self.incoming);
+            // `incoming` stays what it is until what comes has been processed behind it.
+            let wanted = if amply { READ } else { of_one_record(&self.incoming) }.min(free.len());
+            let free = free.get_mut(..wanted).unwrap_or_default();
+            let mut buf = ReadBuf::new(free);
+            ready!(Pin::new(&mut self.io).poll_read(cx, &mut buf))?;
+            let came = buf.filled().len();
+            if came == 0 {
+                return Poll::Ready(Err(cut_off()));
+            }
+            let was_handshaking = self.connection.is_handshaking();
+            let filled = octets.get_mut(..have + came).unwrap_or_default();
+            let processed = self.process(filled);
+            let used = match processed {
+                Ok(used) => used,
+                Err(e) => {
+                    let _ = self.poll_send(cx)?;
+                    return Poll::Ready(Err(e));
+                }
+            };
+            let left = filled.get(used..).unwrap_or_default();
+            // In a place of its size.
+            self.incoming = BytesMut::from(left);
+            let _ = self.poll_send(cx)?;
+            if !self.plain.is_empty() || was_handshaking {
+                return Poll::Ready(Ok(true));
+            }
+        }
+    }
+
+    /// Waits until something is there to be taken. False: no more comes.
+    fn poll_plain(&mut self, cx: &mut Context<'_>, amply: bool) -> Poll<io::Result<bool>> {
+        while self.plain.is_empty() {
+            if !ready!(self.poll_read_more(cx, amply))? {
+                return Poll::Ready(Ok(false));
+            }
+        }
+        Poll::Ready(Ok(true))
+    }
+
+    /// Takes what is there, at most so many octets: none, where no more comes. No more than a record is read, unless that is to be
+    /// done `amply`.
+    ///
+    /// # Errors
+    /// The connection is gone, or what came is no TLS.
+    pub fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, amply: bool) -> Poll<io::Result<Bytes>> {
+        if !ready!(self.poll_plain(cx, amply))? {
+            return Poll::Ready(Ok(Bytes::new()));
+        }
+        if self.plain.len() <= most {
+            return Poll::Ready(Ok(std::mem::take(&mut self.plain).freeze()));
+        }
+        Poll::Ready(Ok(self.plain.split_to(most).freeze()))
+    }
+
+    /// Writes out what is encrypted.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.outgoing.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        while !self.outgoing.is_empty() {
+            let written = ready!(Pin::new(&mut self.io).poll_write(cx, &self.outgoing))?;
+            if written == 0 {
+                return Poll::Ready(Err(ErrorKind::WriteZero.into()));
+            }
+            self.outgoing.advance(written);
+        }
+        self.outgoing = BytesMut::new();
+        Poll::Ready(Ok(()))
+    }
+
+    /// Encrypts octets, as many as fit into the room, behind what else there is to be said: how much that takes.
+    fn encrypt(&mut self, plain: &[u8], room: &mut [u8]) -> io::Result<usize> {
+        let mut filled = 0;
+        loop {
+            if self.has_failed {
+                return Err(ErrorKind::NotConnected.into());
+            }
+            let free = room.get_mut(filled..).unwrap_or_default();
+            // Of the beginning of a record there is nothing to be processed, but rustls may know places in it.
+            let state = self.connection.process_tls_records(&mut self.incoming).state;
+            match state.inspect_err(|_| self.has_failed = true).map_err(bad)? {
+                ConnectionState::EncodeTlsData(mut message) => {
+                    filled += message.encode(free).map_err(io::Error::other)?;
+                }
+                ConnectionState::TransmitTlsData(transmit) => transmit.done(),
+                ConnectionState::PeerClosed => self.is_read_closed = true,
+                ConnectionState::WriteTraffic(mut traffic) => {
+                    let encrypted = if self.is_write_closed {
+                        traffic.queue_close_notify(free)
+                    } else {
+                        traffic.encrypt(plain, free)
+                    };
+                    return match encrypted {
+                        Ok(written) => Ok(filled + written),
+                        Err(EncryptError::InsufficientSize(_) | EncryptError::EncryptExhausted) => {
+                            Err(io::Error::other("it cannot be encrypted"))
+                        }
+                    };
+                }
+                _ => return Err(ErrorKind::NotConnected.into()),
+            }
+        }
+    }
+
+    /// Encrypts octets and writes them out. Those that are not taken wait for the next write, or flush.
+    fn poll_encrypted(&mut self, cx: &mut Context<'_>, plain: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(self.poll_send(cx))?;
+        let plain = plain.get(..WRITE).unwrap_or(plain);
+        let mut room = Room::to_write();
+        let length = self.encrypt(plain, &mut room.octets)?;
+        let encrypted = room.octets.get(..length).unwrap_or_default();
+        let written = match Pin::new(&mut self.io).poll_write(cx, encrypted) {
+            Poll::Ready(written) => written?,
+            Poll::Pending => 0,
+        };
+        self.outgoing.extend_from_slice(encrypted.get(written..).unwrap_or_default());
+        Poll::Ready(Ok(plain.len()))
+    }
+}
+
+/// Octets to be read for one record, of which these have come.
+fn of_one_record(begun: &[u8]) -> usize {
+    match begun {
+        [_, _, _, high, low, ..] => match 5 + usize::from(u16::from_be_bytes([*high, *low])) {
+            whole if whole > begun.len() => whole - begun.len(),
+            _ => FULL_RECORD,
+        },
+        _ => FULL_RECORD - begun.len(),
+    }
+}
+
+/// Reads a ClientHello, which is then to be processed, and what name it asks for.
+async fn hello<IO: AsyncRead + AsyncWrite + Unpin>(io: &mut IO) -> io::Result<(BytesMut, Option<Box<str>>)> {
+    let mut acceptor = Acceptor::default();
+    let mut hello = BytesMut::new();
+    loop {
+        let mut seen = hello.len();
+        poll_fn(|cx| {
+            let mut room = Room::to_read();
+            let mut buf = ReadBuf::new(&mut room.octets);
+            ready!(Pin::new(&mut *io).poll_read(cx, &mut buf))?;
+            if buf.filled().is_empty() {
+                return Poll::Ready(Err(cut_off()));
+            }
+            hello.extend_from_slice(buf.filled());
+            Poll::Ready(Ok(()))
+        })
+        .await?;
+        while let Some(more) = hello.get(seen..).filter(|more| !more.is_empty()) {
+            seen += acceptor.read_tls(&mut &*more)?;
+            match acceptor.accept() {
+                Ok(Some(accepted)) => {
+                    let server_name = accepted.client_hello().server_name().map(Box::from);
+                    return Ok((hello, server_name));
+                }
+                Ok(None) => {}
+                Err((e, mut alert)) => {
+                    let mut said = vec![];
+                    alert.write_all(&mut said)?;
+                    tokio::io::AsyncWriteExt::write_all(io, &said).await?;
+                    return Err(bad(e));
+                }
+            }
+        }
+        if hello.len() > HELLO {
+            return Err(io::Error::new(ErrorKind::InvalidData, "a ClientHello that does not end"));
+        }
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncBufRead for TlsStream<IO> {
+    fn poll_fill_buf(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
+        let this = self.get_mut();
+        ready!(this.poll_plain(cx, true))?;
+        Poll::Ready(Ok(&this.plain))
+    }
+
+    fn consume(self: Pin<&mut Self>, octets: usize) {
+        let this = self.get_mut();
+        this.plain.advance(octets.min(this.plain.len()));
+        if this.plain.is_empty() {
+            this.plain = BytesMut::new();
+        }
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<IO> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let came = ready!(self.as_mut().poll_fill_buf(cx))?;
+        let octets = came.len().min(buf.remaining());
+        buf.put_slice(came.get(..octets).unwrap_or_default());
+        self.consume(octets);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if buf.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        self.get_mut().poll_encrypted(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let mut filled = bufs.iter().filter(|buf| !buf.is_empty());
+        let (Some(first), second) = (filled.next(), filled.next()) else { return Poll::Ready(Ok(0)) };
+        let this = self.get_mut();
+        if second.is_none() || first.len() >= WRITE {
+            return this.poll_encrypted(cx, first);
+        }
+        // They are to be one record as far as can be.
+        let mut room = Room::to_read();
+        let mut length = 0;
+        for buf in bufs {
+            let free = room.octets.get_mut(length..WRITE).unwrap_or_default();
+            let octets = buf.len().min(free.len());
+            if let (Some(free), Some(buf)) = (free.get_mut(..octets), buf.get(..octets)) {
+                free.copy_from_slice(buf);
+            }
+            length += octets;
+        }
+        this.poll_encrypted(cx, room.octets.get(..length).unwrap_or_default())
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        ready!(this.poll_send(cx))?;
+        Pin::new(&mut this.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        ready!(this.poll_send(cx))?;
+        if !std::mem::replace(&mut this.is_write_closed, true) {
+            let mut alert = [0; 1024];
+            if let Ok(length) = this.encrypt(&[], &mut alert) {
+                this.outgoing.extend_from_slice(alert.get(..length).unwrap_or_default());
+            }
+        }
+        ready!(this.poll_send(cx))?;
+        Pin::new(&mut this.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Ca, client};
+    use super::super::{CertificateStore, Tickets, provider, server_config};
+    use super::*;
+    use rustls::pki_types::ServerName;
+    use rustls::server::WebPkiClientVerifier;
+    use rustls::{ClientConfig, HandshakeKind};
+    use std::time::Duration;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+    use tokio_rustls::{TlsConnector, client};
+
+    type Client = client::TlsStream<DuplexStream>;
+    type Server = TlsStream<DuplexStream>;
+
+    struct Side {
+        ca: Ca,
+        config: Arc<ServerConfig>,
+    }
+
+    fn side() -> Side {
+        let ca = Ca::new("ca");
+        let store = Arc::new(CertificateStore::new(vec![ca.issue(&["a.example"]).certificate()]).unwrap());
+        let verifier = WebPkiClientVerifier::builder_with_provider(ca.roots(), Arc::new(provider()));
+        let verifier = verifier.allow_unauthenticated().build().unwrap();
+        let tickets = Arc::new(Tickets::new([7; 32], Duration::from_secs(3600), [1; 32]));
+        let config = Arc::new(server_config(store, Some(verifier), Some(tickets)).unwrap());
+        Side { ca, config }
+    }
+
+    impl Side {
+        fn client(&self, alpn: &[&[u8]]) -> Arc<ClientConfig> {
+            let mut config = (*client(&self.ca, Some(&self.ca.issue(&["c.example"])), &[])).clone();
+            config.alpn_protocols = alpn.iter().map(|one| one.to_vec()).collect();
+            Arc::new(config)
+        }
+
+        /// Both ends of a connection, with room for so many octets on the way.
+        async fn connected(&self, client: &Arc<ClientConfig>, room: usize) -> (Client, Server) {
+            let (ours, theirs) = duplex(room);
+            let name = ServerName::try_from("a.example").unwrap();
+            let connect = TlsConnector::from(client.clone()).connect(name, theirs);
+            let (client, server) = tokio::join!(connect, Server::accept(self.config.clone(), ours));
+            (client.unwrap(), server.unwrap())
+        }
+    }
+
+    fn octets(count: usize) -> Vec<u8> {
+        (0..count).map(|n| (n % 251) as u8).collect()
+    }
+
+    /// What a connection that waits holds.
+    fn held(server: &Server) -> usize {
+        [&server.incoming, &server.plain, &server.outgoing].iter().map(|buffer| buffer.capacity()).sum()
+    }
+
+    #[tokio::test]
+    async fn what_is_negotiated_is_known() {
+        let side = side();
+        let config = side.client(&[b"http/1.1", b"h2"]);
+        for (n, room) in [(0, 1), (1, 1 << 20), (2, 3_000)] {
+            let (mut client, mut server) = side.connected(&config, room).await;
+            assert_eq!(server.server_name(), Some("a.example"));
+            let session = server.session();
+            assert_eq!(session.alpn_protocol(), Some(&b"h2"[..]), "by the server's order");
+            assert_eq!(session.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
+            let chain = session.peer_certificates().unwrap();
+            assert_eq!(super::super::identity(&chain[0]).dns_names, ["c.example"]);
+            let kind = session.handshake_kind().unwrap();
+            assert_eq!(kind == HandshakeKind::Resumed, n > 0, "{kind:?}: tickets arrive, with whatever comes first");
+            tokio::join!(
+                async {
+                    client.write_all(b"ping").await.unwrap();
+                    client.flush().await.unwrap();
+                    client.read_exact(&mut [0; 4]).await.unwrap();
+                },
+                async {
+                    server.read_exact(&mut [0; 4]).await.unwrap();
+                    server.write_all(b"pong").await.unwrap();
+                    server.flush().await.unwrap();
+                }
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn all_of_it_comes_and_goes_and_nothing_is_held_after() {
+        let side = side();
+        let config = side.client(&[]);
+        for (room, count) in [(1, 20_000), (100, 300_000), (5_000, 1 << 20), (1 << 20, 4 << 20)] {
+            let (client, mut server) = side.connected(&config, room).await;
+            let (mut from_server, mut to_server) = tokio::io::split(client);
+            let sent = octets(count);
+            let echo = async {
+                let mut came = 0;
+                while came < count {
+                    // In the three ways that there are.
+                    let piece = match came % 3 {
+                        0 => poll_fn(|cx| server.poll_take(cx, 20_000, came % 2 == 0)).await.unwrap().to_vec(),
+                        1 => {
+                            let piece = poll_fn(|cx| Pin::new(&mut server).poll_fill_buf(cx).map_ok(<[u8]>::to_vec));
+                            let piece = piece.await.unwrap();
+                            Pin::new(&mut server).consume(piece.len());
+                            piece
+                        }
+                        _ => {
+                            let mut piece = vec![0; 7_000];
+                            let octets = server.read(&mut piece).await.unwrap();
+                            piece.truncate(octets);
+                            piece
+                        }
+                    };
+                    assert!(!piece.is_empty() && piece[..] == sent[came..came + piece.len()], "at {came}");
+                    let (one, other) = piece.split_at(piece.len() / 3);
+                    let both = [io::IoSlice::new(one), io::IoSlice::new(other)];
+                    let written = poll_fn(|cx| Pin::new(&mut server).poll_write_vectored(cx, &both)).await.unwrap();
+                    server.write_all(&piece[written..]).await.unwrap();
+                    came += piece.len();
+                }
+                server.flush().await.unwrap();
+            };
+            let mut back = vec![0; count];
+            let write = async { to_server.write_all(&sent).await.and(to_server.flush().await).unwrap() };
+            let read = async { from_server.read_exact(&mut back).await.map(drop).unwrap() };
+            tokio::join!(echo, write, read);
+            assert!(back == sent, "{room}");
+            let waits = poll_fn(|cx| Poll::Ready(server.poll_plain(cx, true).is_pending())).await;
+            assert!(waits);
+            assert_eq!(held(&server), 0, "{room}");
+        }
+    }
+
+    #[tokio::test]
+    async fn no_more_is_read_than_a_record_where_that_is_asked_for() {
+        let side = side();
+        let (mut client, mut server) = side.connected(&side.client(&[]), 1 << 20).await;
+        client.write_all(&octets(200_000)).await.unwrap();
+        client.flush().await.unwrap();
+        for amply in [false, true, false] {
+            let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, amply)).await.unwrap();
+            let left = server.incoming.len();
+            assert!(amply || (piece.len() == 16 * 1024 && left == 0), "{} and {left}", piece.len());
+            assert!(!amply || piece.len() >= 3 * 16 * 1024, "{}", piece.len());
+            if amply {
+                // The rest of the record that has begun to come.
+                let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, false)).await.unwrap();
+                assert_eq!((piece.len(), server.incoming.len()), (16 * 1024, 0));
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn an_end_that_is_said_is_one_and_one_that_is_not_is_an_error() {
+        let side = side();
+        let config = side.client(&[]);
+        let (mut client, mut server) = side.connected(&config, 1 << 16).await;
+        client.write_all(b"last").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut all = vec![];
+        server.read_to_end(&mut all).await.unwrap();
+        assert_eq!(all, b"last");
+        assert_eq!(server.read(&mut [0; 9]).await.unwrap(), 0, "again");
+        // The other direction is open, until that is said too.
+        server.write_all(b"after").await.unwrap();
+        server.shutdown().await.unwrap();
+        server.shutdown().await.unwrap();
+        drop(server);
+        let mut all = vec![];
+        client.read_to_end(&mut all).await.unwrap();
+        assert_eq!(all, b"after");
+
+        let (mut client, mut server) = side.connected(&config, 1 << 16).await;
+        client.write_all(b"last").await.unwrap();
+        client.flush().await.unwrap();
+        drop(client);
+        let mut all = vec![];
+        let end = server.read_to_end(&mut all).await.unwrap_err();
+        assert_eq!((end.kind(), &all[..]), (ErrorKind::UnexpectedEof, &b"last"[..]));
+    }
+
+    #[tokio::test]
+    async fn keys_change_in_the_middle() {
+        let side = side();
+        let (mut client, mut server) = side.connected(&side.client(&[]), 1 << 16).await;
+        for n in 0..5_u8 {
+            client.get_mut().1.refresh_traffic_keys().unwrap();
+            client.write_all(&[n; 100]).await.unwrap();
+            client.flush().await.unwrap();
+            let mut came = [0; 100];
+            server.read_exact(&mut came).await.unwrap();
+            assert_eq!(came, [n; 100]);
+            server.write_all(&came).await.unwrap();
+            server.flush().await.unwrap();
+            client.read_exact(&mut came).await.unwrap();
+            assert_eq!(came, [n; 100]);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_no_tls_is_told_so() {
+        let side = side();
+        let alert = |level: u8, of: u8| vec![0x15, 3, 3, 0, 2, level, of];
+        for (says, told) in [
+            (&b"GET / HTTP/1.1\r\n\r\n"[..], alert(2, 50)),
+            (&[0x16, 3, 1, 0, 4, 2, 0, 0, 0][..], alert(2, 50)),
+            (&[0x16, 3, 1, 0xff, 0xff][..], alert(2, 50)),
+        ] {
+            let (ours, mut theirs) = duplex(1 << 16);
+            theirs.write_all(says).await.unwrap();
+            let refused = Server::accept(side.config.clone(), ours).await;
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::InvalidData, "{says:?}");
+            let mut said = vec![];
+            theirs.read_to_end(&mut said).await.unwrap();
+            assert_eq!(said, told, "{says:?}");
+        }
+        // Nor does a hello that has no end take more and more.
+        let (ours, mut theirs) = duplex(1 << 16);
+        let endless = tokio::spawn(async move {
+            let record = [&[0x16, 3, 1, 0x40, 0, 1, 0xff, 0xff, 0xff][..], &[0; 0x4000 - 4]].concat();
+            while theirs.write_all(&record).await.is_ok() {}
+        });
+        assert!(Server::accept(side.config.clone(), ours).await.is_err());
+        endless.await.unwrap();
+
+        // Nor is a certificate taken that nobody trusts, in the middle of messages that rustls has yet to look at.
+        let (ours, theirs) = duplex(1 << 16);
+        let strangers = client(&side.ca, Some(&Ca::new("other").issue(&["c.example"])), &[]);
+        let connect = TlsConnector::from(strangers).connect(ServerName::try_from("a.example").unwrap(), theirs);
+        let (client, server) = tokio::join!(connect, Server::accept(side.config.clone(), ours));
+        assert_eq!(server.unwrap_err().kind(), ErrorKind::InvalidData);
+        let told = client.unwrap().read(&mut [0; 9]).await.unwrap_err().to_string();
+        assert!(told.contains("UnknownCA"), "{told}");
+
+        // A record that is not what was sent: the other side hears that.
+        let (ours, mut between) = duplex(1 << 16);
+        let (mut back, theirs) = duplex(1 << 16);
+        let connect = TlsConnector::from(side.client(&[])).connect(ServerName::try_from("a.example").unwrap(), theirs);
+        let pass = async {
+            let all = tokio::io::copy_bidirectional(&mut back, &mut between);
+            let _ = tokio::time::timeout(Duration::from_millis(300), all).await;
+        };
+        let (client, server, ()) = tokio::join!(connect, Server::accept(side.config.clone(), ours), pass);
+        let (mut client, mut server) = (client.unwrap(), server.unwrap());
+        between.write_all(&[&[0x17, 3, 3, 0, 32][..], &[9; 32]].concat()).await.unwrap();
+        assert_eq!(server.read(&mut [0; 9]).await.unwrap_err().kind(), ErrorKind::InvalidData);
+        let mut alert = [0; 64];
+        let octets = between.read(&mut alert).await.unwrap();
+        back.write_all(&alert[..octets]).await.unwrap();
+        let told = client.read(&mut [0; 9]).await.unwrap_err().to_string();
+        assert!(told.contains("BadRecordMac"), "{told}");
+    }
+}
