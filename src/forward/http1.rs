@@ -56,6 +56,8 @@ pub struct Connection {
     is_watched: bool,
     /// Room for an answer's head: nothing is in it.
     room: BytesMut,
+    /// What connections to the same peer go by.
+    pub(super) key: u128,
 }
 
 impl std::fmt::Debug for Connection {
@@ -67,7 +69,7 @@ impl std::fmt::Debug for Connection {
 impl Connection {
     /// A connection on a stream that is there and speaks HTTP/1.1.
     pub fn new(stream: Stream) -> Self {
-        Self { stream, sleep: None, is_watched: false, room: BytesMut::new() }
+        Self { stream, sleep: None, is_watched: false, room: BytesMut::new(), key: 0 }
     }
 
     /// Nothing has come on it: it is neither closed nor has the other side said anything unasked.

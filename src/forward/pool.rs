@@ -273,7 +273,8 @@ impl Clients {
                     // Few requests need one: they have no room for it.
                     let made = Box::pin(tokio::time::timeout_at(until, make(peer))).await;
                     return match made.unwrap_or(Err(ConnectError::TimedOut)) {
-                        Ok(New::Http1(connection)) => {
+                        Ok(New::Http1(mut connection)) => {
+                            connection.key = key;
                             maker.end(Made::Yes, None);
                             Ok((Link::Http1(connection), false))
                         }
@@ -347,7 +348,7 @@ impl Clients {
         let Some(counted) = Counted::new(&self.idle) else {
             return;
         };
-        let key = key(peer);
+        let key = connection.key;
         let idle = Idle { connection, since: Instant::now(), _counted: counted };
         let mut keys = self.shard(key).lock();
         let entry = keys.entry(key).or_default();

@@ -1,7 +1,7 @@
 //! Account: what is kept of a request while it is under way, and what is said of it when it has ended.
 
 use super::download::Download;
-use super::fields::{Trace, request_id};
+use super::fields::{RequestId, Trace};
 use super::live::Live;
 use super::session::Session;
 use super::stream::Connection;
@@ -23,7 +23,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// What is kept of a request while it is under way. What few have is in a place of its own.
 pub(super) struct RequestContext {
     pub(super) began: Instant,
-    pub(super) id: String,
+    pub(super) id: RequestId,
     pub(super) trace: Trace,
     /// The configuration that it began with holds to its end.
     pub(super) live: Arc<Live>,
@@ -94,7 +94,7 @@ impl RequestContext {
         let began = session.began;
         Self {
             began,
-            id: request_id(),
+            id: RequestId::new(),
             trace: Trace::of(&session.head.headers),
             live: shared.live.load_full(),
             permit: None,
@@ -196,7 +196,7 @@ impl RequestContext {
         let micros = |took: Duration| u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         shared.access_log.write(&Line {
             time: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
-            request_id: &self.id,
+            request_id: self.id.as_str(),
             egress: false,
             client: self.connection.client.ip().to_string(),
             provider: self.provider.as_deref(),
@@ -216,7 +216,7 @@ impl RequestContext {
             gateway_us: self.gateway_took.map(micros).unwrap_or_default(),
             ds_us: self.ds_took.map(micros),
             node: self.node.as_ref().map(|node| node.label()).or(self.download.as_ref().map(|of| of.host())),
-            trace_id: Some(self.trace.id(&self.id)),
+            trace_id: Some(self.trace.id(self.id.as_str())),
         });
     }
 }

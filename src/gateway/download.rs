@@ -157,7 +157,7 @@ fn head(came: &HeaderMap, target: &Target) -> Head {
     }
 }
 
-/// Leaves of an answer's head what passes. How the body is framed towards the client is for hyper to say afterwards.
+/// Leaves of an answer's head what passes. How the body is framed towards the client is said afterwards.
 ///
 /// # Errors
 /// As [`download::head`]: nothing of the answer may pass.

@@ -88,7 +88,7 @@ impl ServerApp for EgressDoor {
 pub(super) struct Outgoing {
     shared: Arc<Shared>,
     began: Instant,
-    id: String,
+    id: fields::RequestId,
     live: Arc<Live>,
     connection: Arc<Connection>,
     endpoint: Option<&'static Endpoint>,
@@ -219,7 +219,7 @@ impl Rules for Egress {
         Outgoing {
             shared: self.0.clone(),
             began: session.began,
-            id: super::fields::request_id(),
+            id: fields::RequestId::new(),
             live: self.0.live.load_full(),
             connection: session.connection.clone(),
             endpoint: None,
@@ -406,7 +406,7 @@ impl Outgoing {
         let (body_in, body_out) = ctx.octets;
         shared.access_log.write(&Line {
             time: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
-            request_id: &ctx.id,
+            request_id: ctx.id.as_str(),
             egress: true,
             client: ctx.connection.client.ip().to_string(),
             provider: Some(ctx.provider.as_str()).filter(|provider| !provider.is_empty()),

@@ -1,7 +1,7 @@
 //! A request from its head to the end of its answer, for either door. The order of the steps is here, and what a door does in
 //! each is its [`Rules`]: what it admits, where that goes next, with what head, what of the answer passes, and what is noted.
 //!
-//! An answer is a body that hyper asks for its octets: as it does so the node's are read, and the request's own body is moved on.
+//! An answer is a body that whoever writes it asks for its octets: as it does so the node's are read, and the request's own body is moved on.
 //! Whatever ends a request early (its client, its connection, a deadline) drops it, and with it what was held for it.
 
 use super::Shared;
@@ -166,11 +166,6 @@ async fn forward<R: Rules>(
         let body_was_in = exchange.source().is_done();
         match answered {
             Ok(answer) => {
-                // hyper asks for nothing of an empty body, and to leave its end unread is to reset the node's stream.
-                let is_empty = answer.headers.get(header::CONTENT_LENGTH).is_some_and(|length| length == "0");
-                if is_empty && !session.connection.h2 && !exchange.is_answered() {
-                    let _ = std::future::poll_fn(|cx| exchange.poll_frame(cx)).await;
-                }
                 under_way.peer = Some(peer);
                 return Ok(pass_on(session, under_way, answer, body_was_in));
             }
@@ -328,8 +323,6 @@ pub(super) struct Answer<R: Rules> {
     until: Option<Instant>,
     /// The last octet, where it goes by itself.
     last: Option<Bytes>,
-    /// All that was left of it, which goes out with its end.
-    awaits_end: Option<Bytes>,
 }
 
 /// Octets of an answer's end at most that go out as a whole, whether or not its client has room for them.
@@ -349,13 +342,13 @@ impl<R: Rules> Answer<R> {
     fn new(under_way: Box<UnderWay<R>>, what: What, session: &Session) -> Self {
         let patience = session.connection.h2.then(|| under_way.ctx.patience());
         let until = under_way.ctx.until();
-        Self { under_way: Some(under_way), what, patience, until, last: None, awaits_end: None }
+        Self { under_way: Some(under_way), what, patience, until, last: None }
     }
 
     /// One without a body.
     fn over(under_way: Box<UnderWay<R>>) -> Self {
         drop(under_way);
-        Self { under_way: None, what: What::Over, patience: None, until: None, last: None, awaits_end: None }
+        Self { under_way: None, what: What::Over, patience: None, until: None, last: None }
     }
 
     /// Octets of all of it, where that is known.
@@ -401,8 +394,6 @@ impl<R: Rules> Answer<R> {
             frame => ready!(frame),
         };
         let frame = match frame {
-            // They come last.
-            Some(Ok(frame)) if frame.is_trailers() && self.awaits_end.is_some() => None,
             Some(Ok(frame)) if frame.is_trailers() && !under_way.rules.passes_trailers(&under_way.ctx) => None,
             frame => frame,
         };
@@ -414,13 +405,6 @@ impl<R: Rules> Answer<R> {
                 let UnderWay { rules, ctx, .. } = &mut **under_way;
                 match rules.pass(octets, ctx) {
                     Ok(()) => {
-                        let is_whole =
-                            matches!(self.what, What::Passes { length: Some(length) } if length == under_way.went);
-                        if is_whole && !is_over && self.patience.is_none() {
-                            // hyper asks for no more than that, and what comes after it ends the node's stream.
-                            self.awaits_end = frame.into_data().ok();
-                            return self.poll_passing(cx);
-                        }
                         if is_over && self.patience.is_some() && octets > HELD_BACK {
                             // Over HTTP/2 nobody waits for a client that has no room for the end.
                             under_way.end();
@@ -442,7 +426,7 @@ impl<R: Rules> Answer<R> {
             None => {
                 under_way.end();
                 self.is_over();
-                return Poll::Ready(self.awaits_end.take().map(|data| Ok(Frame::data(data))));
+                return Poll::Ready(None);
             }
             Some(Err(Error::ReadTimedOut | Error::WriteTimedOut)) => Some(Refusal::GatewayTimeout),
             Some(Err(Error::Stopped(Stop { gone: true, .. }))) => None,

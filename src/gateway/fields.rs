@@ -65,9 +65,19 @@ impl Trace {
 }
 
 /// An ID for a request: 32 hexadecimal digits, ordered by time (RFC 9562 §5.7).
-pub(super) fn request_id() -> String {
-    let mut digits = [0; 32];
-    uuid::Uuid::now_v7().simple().encode_lower(&mut digits).to_owned()
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RequestId([u8; 32]);
+
+impl RequestId {
+    pub(super) fn new() -> Self {
+        let mut digits = [0; 32];
+        uuid::Uuid::now_v7().simple().encode_lower(&mut digits);
+        Self(digits)
+    }
+
+    pub(super) fn as_str(&self) -> &str {
+        str::from_utf8(&self.0).unwrap_or_default()
+    }
 }
 
 fn is_traceparent(text: &str) -> bool {

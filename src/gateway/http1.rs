@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use pingora_core::protocols::Stream;
 use std::future::poll_fn;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker, ready};
@@ -52,11 +52,18 @@ pub(super) trait Transport: AsyncBufRead + AsyncRead + AsyncWrite + Unpin + Send
     /// Takes what has come, at most so many octets: none, where no more comes. Little more is read at once than 16 KiB, unless that
     /// is to be done `amply`.
     fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, amply: bool) -> Poll<io::Result<Bytes>>;
+
+    /// Reads what comes after the end, and looks at nothing of it: how many octets, 0 where no more come.
+    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>>;
 }
 
 impl Transport for TlsStream<Stream> {
     fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, amply: bool) -> Poll<io::Result<Bytes>> {
         self.poll_take(cx, most, amply)
+    }
+
+    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        self.poll_discard(cx)
     }
 }
 
@@ -69,10 +76,14 @@ impl Transport for BufReader<Stream> {
         this.consume(taken.len());
         Poll::Ready(Ok(taken))
     }
+
+    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        Transport::poll_take(self, cx, READ, true).map_ok(|taken| taken.len())
+    }
 }
 
 /// Octets of uploads that may be read more at once than of a record each, so that they are fewer calls to the kernel.
-const AMPLE: usize = 512 * 1024;
+const AMPLE: usize = 256 * 1024;
 
 /// Octets of uploads for which that is so now.
 static AMPLY_READ: AtomicUsize = AtomicUsize::new(0);
@@ -139,7 +150,9 @@ pub(super) struct Body(Arc<Mutex<Wire>>);
 impl Wire {
     /// Takes more of what comes into the buffer. 0: no more comes.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let came = ready!(self.stream.poll_take(cx, READ, true))?;
+        // What comes with a head is kept for longer than what comes later.
+        self.ample = None;
+        let came = ready!(self.stream.poll_take(cx, READ, false))?;
         let octets = came.len();
         if self.buffer.is_empty() {
             self.buffer = BytesMut::from(came);
@@ -147,6 +160,16 @@ impl Wire {
             self.buffer.extend_from_slice(&came);
         }
         Poll::Ready(Ok(octets))
+    }
+
+    /// Takes what comes: more than a record only while few do.
+    fn poll_take(&mut self, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<Bytes>> {
+        // What was taken before is with its node.
+        self.ample = None;
+        let ample = Ample::new();
+        let came = ready!(self.stream.poll_take(cx, most, ample.is_some()))?;
+        self.ample = ample.filter(|_| came.len() > RECORD);
+        Poll::Ready(Ok(came))
     }
 
     /// Waits for a request. None: none comes, and there is nothing to say about it.
@@ -230,14 +253,11 @@ impl Wire {
                 At::Length(_) => {}
             }
             ready!(self.poll_say_go_on(cx));
-            // The piece before is with its node.
-            self.ample = None;
-            let ample = Ample::new();
             let most = match &self.at {
                 At::Length(rest) => usize::try_from(*rest).unwrap_or(READ),
                 _ => READ,
             };
-            let came = match self.stream.poll_take(cx, most, ample.is_some()) {
+            let came = match self.poll_take(cx, most) {
                 Poll::Pending => {
                     self.give_back();
                     return Poll::Pending;
@@ -249,7 +269,6 @@ impl Wire {
                     return Poll::Ready(Some(Err(Stop { refusal, broken: true, gone: true })));
                 }
             };
-            self.ample = ample.filter(|_| came.len() > RECORD);
             match &mut self.at {
                 At::Length(rest) => {
                     *rest = rest.saturating_sub(came.len() as u64);
@@ -377,17 +396,20 @@ pub(super) async fn serve<R: Rules>(rules: Arc<R>, connection: Arc<Connection>, 
         let (method, version) = (parts.method.clone(), parts.version);
         let rest = if framing == Some(Framing::Length(0)) { Rest::None } else { Rest::Http1(Body(wire.clone())) };
         let session = Session::new(parts, rest, connection.clone());
-        // A connection has no room for it while there is none.
+        // It has its place in the connection: to make one for each costs more than to have it.
         let answered = {
-            let mut serving = Box::pin(exchange::serve(rules.clone(), session, on_it));
             let wire = &wire;
+            let mut serving = pin!(exchange::serve(rules.clone(), session, on_it));
             poll_fn(move |cx| match serving.as_mut().poll(cx) {
                 Poll::Pending => wire.lock().poll_gone(cx).map(|()| None),
                 Poll::Ready(answered) => Poll::Ready(answered.ok()),
             })
+            .await
         };
         // Nothing was said that could be taken for an answer.
-        let Some(answered) = answered.await else { break };
+        let Some(answered) = answered else { break };
+        // Others may read more at once while this is written.
+        wire.lock().ample = None;
         let (head, body) = answered.into_parts();
         let says_close = head.headers.get(header::CONNECTION).is_some_and(|value| value == "close");
         let closes = !keeps || says_close || connection.closes();
@@ -506,11 +528,15 @@ fn poll_out(
         wire.go_on = b"";
     }
     // What has been begun to be said is said first.
-    ready!(wire.poll_say_go_on(cx));
-    let stream = &mut *wire.stream;
-    let written = match answer.outgoing.poll_write(cx, stream) {
-        Poll::Ready(Ok(())) => answer.outgoing.poll_flush(cx, stream),
-        other => other,
+    let written = match wire.poll_say_go_on(cx) {
+        Poll::Ready(()) => {
+            let stream = &mut *wire.stream;
+            match answer.outgoing.poll_write(cx, stream) {
+                Poll::Ready(Ok(())) => answer.outgoing.poll_flush(cx, stream),
+                other => other,
+            }
+        }
+        Poll::Pending => Poll::Pending,
     };
     if let Poll::Ready(written) = written {
         clock.stop();
@@ -530,22 +556,30 @@ async fn end(mut stream: Box<dyn Transport>, connection: &Connection) {
     if tokio::time::timeout(total, stream.shutdown()).await.is_err() || !connection.lingers() {
         return;
     }
-    if LINGERERS.fetch_add(1, Ordering::Relaxed) < LINGERING {
-        // What is counted of the connection is not for as long.
-        tokio::spawn(async move {
-            let _ = tokio::time::timeout(total, async {
-                let mut read = async || {
-                    let octets = poll_fn(|cx| Pin::new(&mut *stream).poll_fill_buf(cx).map_ok(<[u8]>::len)).await;
-                    let octets = octets.unwrap_or(0);
-                    Pin::new(&mut *stream).consume(octets);
-                    octets
-                };
-                while let Ok(1..) = tokio::time::timeout(idle, read()).await {}
-            })
-            .await;
-            LINGERERS.fetch_sub(1, Ordering::Relaxed);
-        });
-    } else {
+    let Some(lingers) = Lingerer::new() else { return };
+    // What is counted of the connection is not for as long.
+    tokio::spawn(async move {
+        let _lingers = lingers;
+        let _ = tokio::time::timeout(total, async {
+            let mut read = async || poll_fn(|cx| stream.poll_discard(cx)).await;
+            while let Ok(Ok(1..)) = tokio::time::timeout(idle, read()).await {}
+        })
+        .await;
+    });
+}
+
+/// One of those that linger.
+struct Lingerer;
+
+impl Lingerer {
+    fn new() -> Option<Self> {
+        let more = |count: usize| count.checked_add(1).filter(|count| *count <= LINGERING);
+        LINGERERS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self)
+    }
+}
+
+impl Drop for Lingerer {
+    fn drop(&mut self) {
         LINGERERS.fetch_sub(1, Ordering::Relaxed);
     }
 }

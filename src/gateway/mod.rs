@@ -440,7 +440,7 @@ impl Rules for Gateway {
             provider: ctx.provider.as_deref(),
             chain: &connection.chain,
             tls: connection.tls.as_deref(),
-            id: &ctx.id,
+            id: ctx.id.as_str(),
             trace: &ctx.trace,
         };
         let of = fields::Of { endpoint, keeps_from: ctx.dialect.is_some_and(|dialect| dialect.names_sender_in_from) };

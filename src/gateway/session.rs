@@ -127,15 +127,17 @@ impl Session {
             Rest::None => Some(self.held.len() as u64),
             _ => content_length(&self.head),
         };
-        let held = Some(self.held.clone()).filter(|held| !held.is_empty());
+        let first = std::mem::take(&mut self.held);
+        let held = Some(first.clone()).filter(|held| !held.is_empty());
         let (body, came) = (self.body, self.came);
-        Upload { held, rest, length, body, idle, clock: Clock::default(), came, taken: false }
+        Upload { first, held, rest, length, body, idle, clock: Clock::default(), came, taken: false }
     }
 
     /// Takes a body back, to be sent from its beginning again; false: some of it is not held any more.
     pub(super) fn take_back(&mut self, upload: Upload) -> bool {
         self.came = upload.came;
         self.rest = upload.rest;
+        self.held = upload.first;
         !upload.taken
     }
 }
@@ -209,6 +211,9 @@ fn stop(e: &hyper::Error) -> Stop {
 
 /// A request's body on its way.
 pub(super) struct Upload {
+    /// What is given out first, for as long as it can all be sent again.
+    first: Bytes,
+    /// That, until it is given out.
     held: Option<Bytes>,
     rest: Rest,
     length: Option<u64>,
@@ -245,6 +250,7 @@ impl Source for Upload {
                     self.clock.stop();
                     if let Some(Ok(chunk)) = &chunk {
                         self.taken = true;
+                        self.first = Bytes::new();
                         self.came += chunk.len() as u64;
                         // However little it waits each time.
                         if !matches!(self.rest, Rest::None) && Instant::now() > self.body.until {

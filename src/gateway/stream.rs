@@ -9,7 +9,7 @@ use atomic_waker::AtomicWaker;
 use pingora_core::protocols::Stream;
 use rustls::pki_types::CertificateDer;
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
@@ -99,7 +99,7 @@ impl<'a> Ends<'a> {
             Poll::Pending
         };
         if let Some(until) = &mut self.until
-            && until.as_mut().poll(cx).is_ready()
+            && pin!(tokio::task::unconstrained(until.as_mut())).poll(cx).is_ready()
         {
             return Poll::Ready(End::Cut);
         }
@@ -272,12 +272,30 @@ impl Clock {
             if sleep.deadline() > until.into() {
                 sleep.as_mut().reset(until.into());
             }
-            ready!(sleep.as_mut().poll(cx));
+            // Whoever sends so much that the task's budget is used up is not to have more time for it.
+            ready!(pin!(tokio::task::unconstrained(sleep.as_mut())).poll(cx));
             if Instant::now() >= until {
                 return Poll::Ready(());
             }
             // It was for something that has come since.
             sleep.as_mut().reset(until.into());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+
+    #[tokio::test]
+    async fn a_clock_goes_off_for_a_task_that_has_used_up_its_budget() {
+        let gone_off = poll_fn(|cx| {
+            while pin!(tokio::task::consume_budget()).poll(cx).is_ready() {}
+            let mut clock = Clock::default();
+            clock.set(Instant::now() - Duration::from_millis(50));
+            Poll::Ready(clock.poll(cx).is_ready())
+        });
+        assert!(gone_off.await);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::outgoing::{Framing, Outgoing, put_field};
 use super::{Bad, End, is_of_connection, length_of, name_and_value, options};
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, Uri, Version, header, response};
 use std::cell::RefCell;
@@ -14,6 +14,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 pub const HEAD_MAX: usize = 64 * 1024;
 /// Fields in it at most.
 pub const FIELDS_MAX: usize = 100;
+
+/// Octets that may be kept with a head for as long as that is: behind more of them it is copied.
+const WITH_HEAD: usize = 4 * 1024;
 
 /// A request, as its head has it.
 #[derive(Debug)]
@@ -43,7 +46,14 @@ impl Request {
         if length > HEAD_MAX {
             return Err(TOO_LARGE);
         }
-        Self::read(&buffer.split_to(length).freeze()).map(Some)
+        let head = if buffer.len() - length > WITH_HEAD {
+            let head = Bytes::copy_from_slice(buffer.get(..length).unwrap_or_default());
+            buffer.advance(length);
+            head
+        } else {
+            buffer.split_to(length).freeze()
+        };
+        Self::read(&head).map(Some)
     }
 
     fn read(head: &Bytes) -> Result<Self, Bad> {

@@ -8,7 +8,7 @@
 use bytes::{Buf as _, Bytes, BytesMut};
 use rustls::ServerConfig;
 use rustls::server::{Acceptor, UnbufferedServerConnection};
-use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
+use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, EncryptError, UnbufferedStatus};
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::io::{self, ErrorKind};
@@ -157,12 +157,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                     }
                 }
                 Ok(ConnectionState::EncodeTlsData(mut message)) => {
-                    let before = self.outgoing.len();
-                    if let Err(EncodeError::InsufficientSize(size)) = message.encode(&mut []) {
-                        self.outgoing.resize(before + size.required_size, 0);
-                        let room = self.outgoing.get_mut(before..).unwrap_or_default();
-                        message.encode(room).map_err(io::Error::other)?;
-                    }
+                    encode(&mut message, &mut self.outgoing)?;
                 }
                 // It is, before anything else is.
                 Ok(ConnectionState::TransmitTlsData(transmit)) => transmit.done(),
@@ -173,7 +168,10 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                 }
                 Ok(ConnectionState::BlockedHandshake | ConnectionState::WriteTraffic(_)) => goes_on = false,
                 // No ticket offers early data.
-                Ok(_) => return Err(ErrorKind::InvalidData.into()),
+                Ok(_) => {
+                    self.has_failed = true;
+                    return Err(ErrorKind::InvalidData.into());
+                }
                 Err(e) => {
                     self.has_failed = true;
                     self.take_alert(octets.get_mut(used + discard..).unwrap_or_default());
@@ -189,11 +187,15 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
 
     /// What the other side is told of an error. `rest` is what has not been processed: rustls knows places in it.
     fn take_alert(&mut self, rest: &mut [u8]) {
-        let mut state = self.connection.process_tls_records(rest).state;
-        if let Ok(ConnectionState::EncodeTlsData(message)) = &mut state {
-            let mut alert = [0; 256];
-            if let Ok(length) = message.encode(&mut alert) {
-                self.outgoing.extend_from_slice(alert.get(..length).unwrap_or_default());
+        while self.connection.wants_write() {
+            match self.connection.process_tls_records(rest).state {
+                Ok(ConnectionState::EncodeTlsData(mut message)) => {
+                    if encode(&mut message, &mut self.outgoing).is_err() {
+                        return;
+                    }
+                }
+                Ok(ConnectionState::TransmitTlsData(transmit)) => transmit.done(),
+                _ => return,
             }
         }
     }
@@ -270,6 +272,17 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         Poll::Ready(Ok(self.plain.split_to(most).freeze()))
     }
 
+    /// Reads what comes after the end, and looks at nothing of it: how many octets, 0 where no more come.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut room = Room::to_read();
+        let mut buf = ReadBuf::new(&mut room.octets);
+        ready!(Pin::new(&mut self.io).poll_read(cx, &mut buf))?;
+        Poll::Ready(Ok(buf.filled().len()))
+    }
+
     /// Writes out what is encrypted.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.outgoing.is_empty() {
@@ -322,6 +335,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
 
     /// Encrypts octets and writes them out. Those that are not taken wait for the next write, or flush.
     fn poll_encrypted(&mut self, cx: &mut Context<'_>, plain: &[u8]) -> Poll<io::Result<usize>> {
+        if self.is_write_closed {
+            return Poll::Ready(Err(ErrorKind::NotConnected.into()));
+        }
         ready!(self.poll_send(cx))?;
         let plain = plain.get(..WRITE).unwrap_or(plain);
         let mut room = Room::to_write();
@@ -334,6 +350,16 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         self.outgoing.extend_from_slice(encrypted.get(written..).unwrap_or_default());
         Poll::Ready(Ok(plain.len()))
     }
+}
+
+/// Says what rustls has to say of itself behind what is to be said before.
+fn encode<D>(message: &mut EncodeTlsData<'_, D>, outgoing: &mut BytesMut) -> io::Result<()> {
+    if let Err(EncodeError::InsufficientSize(size)) = message.encode(&mut []) {
+        let before = outgoing.len();
+        outgoing.resize(before + size.required_size, 0);
+        message.encode(outgoing.get_mut(before..).unwrap_or_default()).map_err(io::Error::other)?;
+    }
+    Ok(())
 }
 
 /// Octets to be read for one record, of which these have come.
