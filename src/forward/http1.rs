@@ -1073,6 +1073,41 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn pieces_that_are_there_are_one_write_where_they_are_the_last() {
+        const PIECE: usize = 16 * 1024;
+        let pieces = |count: usize| (0..count).map(|n| piece(&vec![b'a' + n as u8; PIECE]));
+        // how many pieces, whether their length is said, the room of a write, and how many writes these are
+        for (count, is_said, most, writes) in [
+            (4, true, None, Some(1)),
+            // all but the last four are a write each
+            (6, true, None, Some(3)),
+            (4, false, None, Some(4)),
+            (4, true, Some(1_000), None),
+            (6, true, Some(PIECE + 7), None),
+        ] {
+            let script = Script { is_vectored: true, most, ..Script::default() };
+            let length = is_said.then_some((count * PIECE) as u64);
+            let (mut exchange, seen) = on(script, Method::POST, body(length, pieces(count)));
+            while !exchange.is_sent() {
+                assert!(poll_once(|cx| exchange.poll_head(cx)).is_pending());
+            }
+            let seen = seen.lock().unwrap();
+            let body: Vec<u8> = seen.written.iter().skip_while(|octet| **octet != b'\n').copied().collect();
+            for n in 0..count {
+                let octet = b'a' + n as u8;
+                let run = body.windows(PIECE).position(|window| window.iter().all(|one| *one == octet));
+                assert!(run.is_some(), "{count} {is_said} {most:?}: piece {n} is not whole");
+            }
+            if let Some(length) = length {
+                assert!(seen.written.ends_with(&vec![b'a' + count as u8 - 1; PIECE]));
+                let head = seen.written.len() - length as usize;
+                assert!(seen.written[..head].ends_with(b"\r\n\r\n"));
+            }
+            assert!(writes.is_none_or(|writes| seen.writes.len() == writes), "{count}: {:?}", seen.writes);
+        }
+    }
+
+    #[tokio::test]
     async fn a_head_goes_out_before_a_body_that_is_not_there() {
         let (mut exchange, seen) = on(Script::default(), Method::POST, body(Some(1), [Step::Never]));
         assert!(poll_once(|cx| exchange.poll_head(cx)).is_pending());

@@ -31,6 +31,12 @@ use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, AsyncWriteExt as _, BufRead
 /// Octets of an upload that are read at once where there are many.
 const RECORD: usize = 16 * 1024;
 
+/// Octets of uploads that may be read more at once than of a record each, so that they are fewer calls to the kernel.
+const AMPLE: usize = 256 * 1024;
+
+/// Octets of uploads for which that is so now.
+static AMPLY_READ: AtomicUsize = AtomicUsize::new(0);
+
 /// Octets of a body that nobody wants that are passed over, so that the next request can follow.
 const SKIPPED: u64 = 16 * 1024;
 
@@ -81,12 +87,6 @@ impl Transport for BufReader<Stream> {
         Transport::poll_take(self, cx, READ, true).map_ok(|taken| taken.len())
     }
 }
-
-/// Octets of uploads that may be read more at once than of a record each, so that they are fewer calls to the kernel.
-const AMPLE: usize = 256 * 1024;
-
-/// Octets of uploads for which that is so now.
-static AMPLY_READ: AtomicUsize = AtomicUsize::new(0);
 
 /// Where what comes is.
 #[derive(Debug)]
@@ -477,8 +477,8 @@ impl<R: Rules> Writing<'_, R> {
                 pieces -= 1;
                 match Pin::new(&mut self.body).poll_frame(cx) {
                     Poll::Ready(Some(Ok(frame))) => self.take(frame)?,
-                    Poll::Ready(Some(Err(_))) => return Poll::Ready(Err(Gone)),
-                    Poll::Ready(None) => {}
+                    Poll::Ready(None) if self.body.is_end_stream() => {}
+                    Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(Err(Gone)),
                     Poll::Pending => break true,
                 }
             };

@@ -5,6 +5,7 @@ use super::Bad;
 use super::chunks::LAST;
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use http::HeaderMap;
+use smallvec::SmallVec;
 use std::fmt::Write as _;
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;
@@ -14,6 +15,10 @@ use tokio::time::Instant;
 
 /// Up to this size a piece of a body is copied behind what goes before it, to be one write with it.
 pub const JOINED: usize = 4 * 1024;
+
+/// Of a body that is no longer than this from here on, all pieces that are there are one write.
+const GATHERED: u64 = 64 * 1024;
+const PIECES: usize = 6;
 
 /// The last chunk, without trailers.
 const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
@@ -29,11 +34,13 @@ pub enum Framing {
     UntilEnd,
 }
 
-/// A message: what is written next is `front`, then `piece`, then `back`.
+/// A message: what is written next is `front`, then the pieces, then `back`.
 #[derive(Debug)]
 pub struct Outgoing {
     front: BytesMut,
     piece: Bytes,
+    /// Further pieces, of a body whose length is known.
+    more: SmallVec<[Bytes; 1]>,
     back: &'static [u8],
     framing: Framing,
     /// Nothing is written yet.
@@ -58,6 +65,7 @@ impl Outgoing {
         Self {
             front: head,
             piece: Bytes::new(),
+            more: SmallVec::new(),
             back: b"",
             framing,
             is_untouched: true,
@@ -77,12 +85,18 @@ impl Outgoing {
         self.is_untouched
     }
 
-    /// Another piece may be taken: nothing is left to write, or nothing is written and there is not much yet.
+    /// Another piece may be taken: nothing is left to write, or nothing is written and there is not much yet, or it is one of the
+    /// last.
     pub fn has_room(&self) -> bool {
-        !self.is_ended
-            && self.piece.is_empty()
-            && self.back.is_empty()
-            && (self.front.is_empty() || (self.is_untouched && self.front.len() <= JOINED))
+        if self.is_ended || !self.back.is_empty() {
+            return false;
+        }
+        if self.piece.is_empty() {
+            return self.front.is_empty() || (self.is_untouched && self.front.len() <= JOINED);
+        }
+        let queued = self.piece.len() + self.more.iter().map(Bytes::len).sum::<usize>();
+        matches!(self.framing, Framing::Length(rest) if rest.saturating_add(queued as u64) <= GATHERED)
+            && self.more.len() + 1 < PIECES
     }
 
     /// Takes a piece of the body in. `is_vectored`: several pieces can be one write.
@@ -106,7 +120,9 @@ impl Outgoing {
             Framing::UntilEnd => {}
         }
         let is_joined = !self.front.is_empty() && piece.len() <= JOINED && (self.is_untouched || !is_vectored);
-        if is_joined {
+        if !self.piece.is_empty() {
+            self.more.push(piece);
+        } else if is_joined {
             self.front.reserve(piece.len() + LAST.len());
             self.front.put_slice(&piece);
             self.front.put_slice(std::mem::take(&mut self.back));
@@ -158,16 +174,8 @@ impl Outgoing {
         stream: &mut W,
     ) -> Poll<io::Result<()>> {
         loop {
-            let stream = Pin::new(&mut *stream);
-            let parts = [&*self.front, &*self.piece, self.back];
-            let mut filled = parts.iter().filter(|part| !part.is_empty());
-            let (first, second) = (filled.next(), filled.next());
-            let written = match (first, second) {
-                (None, _) => return Poll::Ready(Ok(())),
-                (Some(_), Some(_)) if stream.is_write_vectored() => {
-                    ready!(stream.poll_write_vectored(cx, &parts.map(IoSlice::new)))?
-                }
-                (Some(part), _) => ready!(stream.poll_write(cx, part))?,
+            let Some(written) = ready!(self.poll_write_once(cx, Pin::new(&mut *stream)))? else {
+                return Poll::Ready(Ok(()));
             };
             if written == 0 {
                 return Poll::Ready(Err(ErrorKind::WriteZero.into()));
@@ -181,14 +189,44 @@ impl Outgoing {
                 // It was for the head, and a body may take its time.
                 self.front = BytesMut::new();
             }
-            let of_piece = (written - of_front).min(self.piece.len());
-            self.piece.advance(of_piece);
-            if self.piece.is_empty() {
+            let mut left = written - of_front;
+            loop {
+                let of_piece = left.min(self.piece.len());
+                self.piece.advance(of_piece);
+                left -= of_piece;
+                if !self.piece.is_empty() {
+                    break;
+                }
                 // what it was a part of may be large
                 self.piece = Bytes::new();
+                if self.more.is_empty() {
+                    break;
+                }
+                self.piece = self.more.remove(0);
             }
-            self.back = self.back.get(written - of_front - of_piece..).unwrap_or_default();
+            self.back = self.back.get(left..).unwrap_or_default();
         }
+    }
+
+    /// Writes what is next, in one call as far as the stream can: how many octets. None: nothing is left.
+    fn poll_write_once<W: AsyncWrite + ?Sized>(
+        &self,
+        cx: &mut Context<'_>,
+        stream: Pin<&mut W>,
+    ) -> Poll<io::Result<Option<usize>>> {
+        let pieces = [&*self.front, &*self.piece].into_iter().chain(self.more.iter().map(|piece| &**piece));
+        let mut filled = pieces.chain([self.back]).filter(|part| !part.is_empty());
+        let Some(first) = filled.next() else { return Poll::Ready(Ok(None)) };
+        let Some(second) = filled.next().filter(|_| stream.is_write_vectored()) else {
+            return stream.poll_write(cx, first).map_ok(Some);
+        };
+        let mut parts = [IoSlice::new(&[]); PIECES + 2];
+        let mut count = 0;
+        for (slot, part) in parts.iter_mut().zip([first, second].into_iter().chain(filled)) {
+            *slot = IoSlice::new(part);
+            count += 1;
+        }
+        stream.poll_write_vectored(cx, parts.get(..count).unwrap_or_default()).map_ok(Some)
     }
 
     /// Flushes what was written, if something was.
@@ -212,6 +250,7 @@ impl Outgoing {
     pub fn clear(&mut self) {
         self.front = BytesMut::new();
         self.piece = Bytes::new();
+        self.more.clear();
         self.back = b"";
         self.is_ended = true;
     }
