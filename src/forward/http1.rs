@@ -6,13 +6,13 @@
 
 use super::{Error, Head, Source, Stop, Times};
 use crate::http1::{
-    Bad, Chunks, End, Framing, Outgoing, Taken, is_of_connection, length_of, name_and_value, options, split,
+    Bad, Chunks, End, Framing, Outgoing, Taken, is_of_connection, length_of, name_and_value, options, put_field,
+    put_length, split,
 };
 use bytes::{BufMut, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName};
 use http::{Method, StatusCode, Version, response};
 use hyper::body::Frame;
-use std::fmt::Write as _;
 use std::future::{Future, poll_fn};
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
@@ -380,24 +380,19 @@ impl Upload {
         // a query alone is a target without a path to `http`, and none to HTTP
         front.put_slice(if target.starts_with(['/', '*']) { b" " } else { b" /" });
         front.put_slice(target.as_bytes());
-        front.put_slice(b" HTTP/1.1\r\nhost: ");
-        front.put_slice(head.authority.as_bytes());
-        front.put_slice(b"\r\n");
+        front.put_slice(b" HTTP/1.1\r\n");
+        put_field(&mut front, b"host", head.authority.as_bytes());
         for (name, value) in &head.fields {
             // a second one of these would make two requests of one
             if matches!(*name, header::HOST | header::CONTENT_LENGTH | header::TRANSFER_ENCODING) {
                 continue;
             }
-            front.put_slice(name.as_str().as_bytes());
-            front.put_slice(b": ");
-            front.put_slice(value.as_bytes());
-            front.put_slice(b"\r\n");
+            put_field(&mut front, name.as_str().as_bytes(), value.as_bytes());
         }
         if is_chunked {
             front.put_slice(b"transfer-encoding: chunked\r\n");
         } else if length > 0 || matches!(head.method, Method::POST | Method::PUT | Method::PATCH) {
-            // writing into memory does not fail
-            let _ = write!(front, "content-length: {length}\r\n");
+            put_length(&mut front, length);
         }
         front.put_slice(b"\r\n");
         let is_authority = !head.authority.is_empty() && head.authority.bytes().all(|octet| octet.is_ascii_graphic());

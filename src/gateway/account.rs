@@ -139,13 +139,20 @@ impl RequestContext {
         if self.waited.is_zero() { self.began } else { Instant::now() }
     }
 
-    /// Limits have let it pass.
-    pub(super) fn admitted(&mut self, admission: &Arc<Admission>, subject: &Subject<'_>, tally: &Tally) {
-        if self.owes {
-            let owing = admission.owing(subject, tally);
-            let owing = Some(owing).filter(|owing| !owing.is_empty());
+    /// Notes what limits have said: `admitted` is what came of it.
+    pub(super) fn account(
+        &mut self,
+        admission: &Arc<Admission>,
+        subject: &Subject<'_>,
+        tally: &Tally,
+        admitted: Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
+        admission.account(tally);
+        if admitted.is_ok() && self.owes {
+            let owing = Some(admission.owing(subject, tally)).filter(|owing| !owing.is_empty());
             self.owing = owing.map(|owing| Box::new((admission.clone(), owing)));
         }
+        admitted
     }
 
     /// From now on the Delivery Service may have begun to process it: its token is spent.

@@ -129,9 +129,8 @@ impl ServerApp for Door {
             self.shared.metrics.connections_cut.inc();
             return None;
         }
-        let frames = connection.h2.then(|| Frames::new(now.http2.control));
-        let abuse = self.shared.metrics.connections_refused.with_label_values(&["http2-abuse"]);
-        let frames = frames.map(|of| (of, abuse));
+        let abuse = || self.shared.metrics.connections_refused.with_label_values(&["http2-abuse"]);
+        let frames = connection.h2.then(|| (Frames::new(now.http2.control), abuse()));
         let cut = Some(self.shared.metrics.connections_cut.clone());
         let serving = Serving { rules: self.rules.clone(), connection: connection.clone(), frames, cut };
         let shutdown = shutdown.clone();

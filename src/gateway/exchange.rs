@@ -1,14 +1,15 @@
 //! A request from its head to the end of its answer, for either door. The order of the steps is here, and what a door does in
 //! each is its [`Rules`]: what it admits, where that goes next, with what head, what of the answer passes, and what is noted.
 //!
-//! An answer is a body that whoever writes it asks for its octets: as it does so the node's are read, and the request's own body is moved on.
-//! Whatever ends a request early (its client, its connection, a deadline) drops it, and with it what was held for it.
+//! An answer is a body that whoever writes it asks for its octets: as it does so the node's are read, and the request's own body
+//! is moved on. Whatever ends a request early (its client, its connection, a deadline) drops it, and with it what was held for it.
 
 use super::Shared;
 use super::answer;
 use super::session::{Session, Upload};
 use super::stream::OnIt;
 use crate::forward::{ConnectError, Error, Exchange, Head, Peer, Source as _, Stop};
+use crate::http1::length_of;
 use crate::problem::Refusal;
 use bytes::Bytes;
 use http::{Method, Response, StatusCode, Version, header, response};
@@ -215,8 +216,7 @@ fn pass_on<R: Rules>(
         session.connection.linger();
     }
     end_with(&mut head, session, draining || !body_is_in);
-    let length = head.headers.get(header::CONTENT_LENGTH);
-    let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
+    let length = head.headers.get(header::CONTENT_LENGTH).and_then(|length| length_of(length.as_bytes()));
     let is_over = under_way.exchange.as_ref().is_none_or(Exchange::is_answered);
     if is_over {
         under_way.end();
@@ -262,10 +262,7 @@ fn own_answer<R: Rules>(
 
 /// Says so where the connection ends with this answer. HTTP/2 has its own ways.
 fn end_with(head: &mut response::Parts, session: &Session, ends: bool) {
-    if session.head.version >= Version::HTTP_2 {
-        return;
-    }
-    if ends {
+    if ends && session.head.version < Version::HTTP_2 {
         head.headers.insert(header::CONNECTION, http::HeaderValue::from_static("close"));
     }
 }

@@ -6,6 +6,7 @@ use super::answer;
 use crate::config::Fields;
 use crate::dialect::Endpoint;
 use crate::forward::Head;
+use crate::http1::is_of_connection;
 use crate::privacypass;
 use crate::problem::Refusal;
 use base64::Engine as _;
@@ -171,10 +172,9 @@ pub(super) fn all<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterato
 
 /// Fields that are of the connection, or of how a body is framed on it (RFC 9110 §7.6.1); and whom it is for, which is said anew.
 fn is_of_the_connection(name: &HeaderName) -> bool {
-    [header::HOST, header::CONTENT_LENGTH, header::CONNECTION, header::TRANSFER_ENCODING, header::TE, header::TRAILER]
-        .contains(name)
-        || [header::UPGRADE, header::PROXY_AUTHENTICATE].contains(name)
-        || matches!(name.as_str(), "keep-alive" | "proxy-connection" | "http2-settings")
+    is_of_connection(name)
+        || [header::HOST, header::CONTENT_LENGTH, header::PROXY_AUTHENTICATE].contains(name)
+        || name == "http2-settings"
 }
 
 /// Of what came, the fields that go on: none of the connection's, and none that `is_dropped`.

@@ -112,22 +112,26 @@ struct Wire {
     /// What is still to be said before a body comes.
     go_on: &'static [u8],
     /// The last piece of a body may be a large one.
-    ample: Option<Ample>,
+    ample: Option<Share>,
 }
 
-/// A part of what may be read amply.
-struct Ample;
+/// A part of what there may be of something at once, until it is dropped.
+struct Share {
+    of: &'static AtomicUsize,
+    by: usize,
+}
 
-impl Ample {
-    fn new() -> Option<Self> {
-        let more = |octets: usize| octets.checked_add(READ).filter(|octets| *octets <= AMPLE);
-        AMPLY_READ.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self)
+impl Share {
+    /// `by` more of it, if that is not more than `most` in all.
+    fn new(of: &'static AtomicUsize, by: usize, most: usize) -> Option<Self> {
+        let more = |all: usize| all.checked_add(by).filter(|all| *all <= most);
+        of.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self { of, by })
     }
 }
 
-impl Drop for Ample {
+impl Drop for Share {
     fn drop(&mut self) {
-        AMPLY_READ.fetch_sub(READ, Ordering::Relaxed);
+        self.of.fetch_sub(self.by, Ordering::Relaxed);
     }
 }
 
@@ -166,7 +170,7 @@ impl Wire {
     fn poll_take(&mut self, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<Bytes>> {
         // What was taken before is with its node.
         self.ample = None;
-        let ample = Ample::new();
+        let ample = Share::new(&AMPLY_READ, READ, AMPLE);
         let came = ready!(self.stream.poll_take(cx, most, ample.is_some()))?;
         self.ample = ample.filter(|_| came.len() > RECORD);
         Poll::Ready(Ok(came))
@@ -556,7 +560,7 @@ async fn end(mut stream: Box<dyn Transport>, connection: &Connection) {
     if tokio::time::timeout(total, stream.shutdown()).await.is_err() || !connection.lingers() {
         return;
     }
-    let Some(lingers) = Lingerer::new() else { return };
+    let Some(lingers) = Share::new(&LINGERERS, 1, LINGERING) else { return };
     // What is counted of the connection is not for as long.
     tokio::spawn(async move {
         let _lingers = lingers;
@@ -566,20 +570,4 @@ async fn end(mut stream: Box<dyn Transport>, connection: &Connection) {
         })
         .await;
     });
-}
-
-/// One of those that linger.
-struct Lingerer;
-
-impl Lingerer {
-    fn new() -> Option<Self> {
-        let more = |count: usize| count.checked_add(1).filter(|count| *count <= LINGERING);
-        LINGERERS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self)
-    }
-}
-
-impl Drop for Lingerer {
-    fn drop(&mut self) {
-        LINGERERS.fetch_sub(1, Ordering::Relaxed);
-    }
 }

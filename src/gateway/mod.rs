@@ -118,20 +118,14 @@ fn limits_at_once(ctx: &mut RequestContext, subject: &Subject<'_>) -> Result<AtO
     let Some((decision, tally)) = admission.decide_at_once(subject, false, !required) else {
         return Ok(AtOnce::Waits(None));
     };
-    match decision {
-        Verdict::Pass { .. } if !required => {
-            admission.account(&tally);
-            ctx.admitted(admission, subject, &tally);
-            Ok(AtOnce::Passed)
-        }
+    let admitted = match decision {
+        Verdict::Pass { .. } if !required => Ok(()),
         Verdict::Pass { .. } | Verdict::Refuse { token_helps: true, .. } => {
-            Ok(AtOnce::Waits(Some(Box::new((decision, tally)))))
+            return Ok(AtOnce::Waits(Some(Box::new((decision, tally)))));
         }
-        other => {
-            admission.account(&tally);
-            passes(other).map(|_| AtOnce::Passed)
-        }
-    }
+        other => passes(other).map(drop),
+    };
+    ctx.account(admission, subject, &tally, admitted).map(|()| AtOnce::Passed)
 }
 
 /// Host (`:authority`) and SNI are ours, the port aside.
@@ -320,11 +314,7 @@ impl Gateway {
             }
             other => passes(other).map(drop),
         };
-        admission.account(&tally);
-        if admitted.is_ok() {
-            ctx.admitted(admission, subject, &tally);
-        }
-        admitted
+        ctx.account(admission, subject, &tally, admitted)
     }
 
     /// Asks again, with the token that is `required`, or that helps with limits that are `exceeded`. The tally is then of the

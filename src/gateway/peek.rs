@@ -7,6 +7,7 @@ use super::session::{Body, Session};
 use crate::config::host_of;
 use crate::dialect::{Endpoint, Head};
 use crate::forward::Stop;
+use crate::http1::length_of;
 use crate::problem::Refusal;
 use crate::wire;
 use bytes::{Bytes, BytesMut};
@@ -96,7 +97,7 @@ pub(super) fn head<'a>(request: &'a Parts, parameter: &'a str) -> Head<'a> {
 
 /// The one length that the request says its body has.
 pub(super) fn content_length(request: &Parts) -> Option<u64> {
-    all(&request.headers, &header::CONTENT_LENGTH).next()?.to_str().ok()?.parse().ok()
+    length_of(all(&request.headers, &header::CONTENT_LENGTH).next()?.as_bytes())
 }
 
 /// A request is framed in one way that every server reads alike, and takes none of the fields away that we checked.

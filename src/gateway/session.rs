@@ -51,8 +51,10 @@ impl Body {
 }
 
 /// The rest of a body.
+#[derive(Default)]
 pub(super) enum Rest {
     /// All of it has come.
+    #[default]
     None,
     /// Over HTTP/1.1.
     Http1(http1::Body),
@@ -122,7 +124,7 @@ impl Session {
 
     /// The body, to be sent on from its beginning. `idle` is how long more of it may take to come.
     pub(super) fn upload(&mut self, idle: Duration) -> Upload {
-        let rest = std::mem::replace(&mut self.rest, Rest::None);
+        let rest = std::mem::take(&mut self.rest);
         let length = match &rest {
             Rest::None => Some(self.held.len() as u64),
             _ => content_length(&self.head),

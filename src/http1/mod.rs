@@ -9,7 +9,7 @@ mod outgoing;
 mod request;
 
 pub use chunks::{Chunks, EXTENSIONS_MAX, TRAILER_FIELDS_MAX, TRAILERS_MAX, Taken};
-pub use outgoing::{Framing, JOINED, Outgoing};
+pub use outgoing::{Framing, JOINED, Outgoing, put_field, put_length};
 pub use request::{Answer, FIELDS_MAX, HEAD_MAX, Request};
 
 use bytes::{Buf as _, Bytes, BytesMut};

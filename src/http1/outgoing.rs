@@ -80,11 +80,6 @@ impl Outgoing {
         self.is_ended
     }
 
-    /// Nothing of it is written yet.
-    pub fn is_untouched(&self) -> bool {
-        self.is_untouched
-    }
-
     /// Another piece may be taken: nothing is left to write, or nothing is written and there is not much yet, or it is one of the
     /// last.
     pub fn has_room(&self) -> bool {
@@ -256,8 +251,14 @@ impl Outgoing {
     }
 }
 
+/// Writes how long a body is.
+pub fn put_length(into: &mut BytesMut, length: u64) {
+    // writing into memory does not fail
+    let _ = write!(into, "content-length: {length}\r\n");
+}
+
 /// Writes a field of a head, or of trailers.
-pub(super) fn put_field(into: &mut BytesMut, name: &[u8], value: &[u8]) {
+pub fn put_field(into: &mut BytesMut, name: &[u8], value: &[u8]) {
     into.reserve(name.len() + value.len() + 4);
     into.put_slice(name);
     into.put_slice(b": ");

@@ -1,6 +1,6 @@
 //! The head of a request as it comes in, and that of its answer as it goes out.
 
-use super::outgoing::{Framing, Outgoing, put_field};
+use super::outgoing::{Framing, Outgoing, put_field, put_length};
 use super::{Bad, End, is_of_connection, length_of, name_and_value, options};
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use http::request::Parts;
@@ -175,10 +175,7 @@ impl Answer {
             }
         }
         match framing {
-            Framing::Length(length) if !is_bodyless => {
-                let mut digits = [0; 20];
-                put_field(&mut front, b"content-length", decimal(length, &mut digits));
-            }
+            Framing::Length(length) if !is_bodyless => put_length(&mut front, length),
             Framing::Chunked => put_field(&mut front, b"transfer-encoding", b"chunked"),
             _ => {}
         }
@@ -203,20 +200,6 @@ fn put_status(into: &mut BytesMut, status: StatusCode) {
     into.put_slice(b" ");
     into.put_slice(status.canonical_reason().unwrap_or_default().as_bytes());
     into.put_slice(b"\r\n");
-}
-
-/// A number, in the room that is given for it.
-fn decimal(mut number: u64, room: &mut [u8; 20]) -> &[u8] {
-    let mut from = room.len();
-    for (at, digit) in room.iter_mut().enumerate().rev() {
-        *digit = b'0' + (number % 10) as u8;
-        number /= 10;
-        from = at;
-        if number == 0 {
-            break;
-        }
-    }
-    room.get(from..).unwrap_or_default()
 }
 
 thread_local! {
