@@ -46,6 +46,9 @@ type Error = support::client::Error;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Turns in which half load is measured in a round.
+const TURNS: u32 = 4;
+
 /// Descriptors that what sends needs beside its idle connections.
 const SPARE: usize = 1000;
 
@@ -63,6 +66,10 @@ struct Arguments {
     /// Shorter measurements, which are printed and written nowhere; of a soak, that it is written nowhere
     #[arg(long, global = true)]
     quick: bool,
+    /// Measures only the cases whose names begin so ("HTTP/1.1, 1 KiB", "HTTP/2"), or "memory"; the tables of these are printed,
+    /// and written nowhere. May be given more than once
+    #[arg(long, value_name = "CASE")]
+    only: Vec<String>,
     /// Where performance.md is, and the picture goes
     #[arg(long, value_name = "PATH", default_value = "docs", global = true)]
     docs: PathBuf,
@@ -88,6 +95,8 @@ struct Extent {
     connections: usize,
     /// How often memory is looked at.
     memory: usize,
+    /// What is measured of costs and waits.
+    cases: Vec<Case>,
 }
 
 fn main() -> ExitCode {
@@ -126,7 +135,8 @@ fn run_to_its_end<T>(runtime: &Runtime, what: impl Future<Output = Result<T, Err
 
 async fn compare(arguments: &Arguments) -> Result<(), Error> {
     let document = arguments.docs.join("performance.md");
-    if !arguments.quick {
+    let is_written = !arguments.quick && arguments.only.is_empty();
+    if is_written {
         // Said now, and not when all is measured.
         report::split(&document, report::PEERS)?;
     }
@@ -146,7 +156,7 @@ async fn compare(arguments: &Arguments) -> Result<(), Error> {
     }
     let report = report::markdown(&results, &setting);
     println!("{report}");
-    if !arguments.quick {
+    if is_written {
         let picture = arguments.docs.join("peers.svg");
         drawing::draw(&results, &picture)?;
         let report = format!("{report}\n![Costs and waits beside those of the peers](peers.svg)");
@@ -163,7 +173,14 @@ fn extent(arguments: &Arguments) -> Result<Extent, Error> {
     if most < connections {
         eprintln!("peers: descriptors are for {most} idle connections and no more: ulimit -n");
     }
-    Ok(Extent { rounds, seconds, connections: connections.min(most), memory })
+    let is_wanted = |name: &str| arguments.only.is_empty() || arguments.only.iter().any(|only| name.starts_with(only));
+    let cases: Vec<_> = Case::ALL.into_iter().filter(|case| is_wanted(&case.to_string())).collect();
+    let memory = if is_wanted("memory") { memory } else { 0 };
+    if cases.is_empty() && memory == 0 {
+        let all = Case::ALL.map(|case| format!("{:?}", case.to_string())).join(", ");
+        return Err(format!("nothing is called what --only says: there are {all} and \"memory\"").into());
+    }
+    Ok(Extent { rounds, seconds, connections: connections.min(most), memory, cases })
 }
 
 /// What requests cost and how long they wait: each case by all servers, one after the other, and another first each time.
@@ -174,11 +191,11 @@ async fn measure(
     results: &mut Results,
 ) -> Result<(), Error> {
     let mut servers = vec![];
-    for kind in Kind::ALL {
+    for kind in Kind::ALL.into_iter().filter(|_| !extent.cases.is_empty()) {
         servers.push(place.start(kind, generator).await?);
     }
     for round in 0..extent.rounds {
-        for case in Case::ALL {
+        for case in extent.cases.iter().copied() {
             servers.rotate_left(1);
             // Bodies of megabytes are few in a second.
             let seconds = if case.size < MIB { extent.seconds } else { 2.0 * extent.seconds };
@@ -193,10 +210,15 @@ async fn measure(
                 results.costs.entry((server.kind, case)).or_default().push(cost);
             }
             eprintln!("round {} of {}, {case}: {}", round + 1, extent.rounds, told.join(", "));
-            for server in servers.iter().filter(|server| Kind::COMPARED.contains(&server.kind)) {
-                let waits = generator.half_load(server, case, lowest / 2.0, seconds).await;
-                let waits = waits.map_err(|error| server.failed(&case, &error))?;
-                results.waits.entry((server.kind, case)).or_default().push(waits);
+            // What else the machine does comes and goes within seconds: by shorter turns it comes to all. Large bodies are too
+            // few for that.
+            let turns = if case.size < MIB { TURNS } else { 1 };
+            for _ in 0..turns {
+                for server in servers.iter().filter(|server| Kind::COMPARED.contains(&server.kind)) {
+                    let waits = generator.half_load(server, case, lowest / 2.0, seconds / f64::from(turns)).await;
+                    let waits = waits.map_err(|error| server.failed(&case, &error))?;
+                    results.waits.entry((server.kind, case)).or_default().push(waits);
+                }
             }
             results.rates.entry(case).or_default().push(lowest / 2.0);
         }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::Error;
 use crate::memory::{Memory, UPLOAD, UPLOADS};
-use crate::requests::{Case, KIB, MIB};
+use crate::requests::{KIB, MIB};
 use crate::results::{P99, Results, Spread, WAIT_BAR, bars, beside_better, median};
 use crate::servers::Kind;
 
@@ -39,8 +39,15 @@ fn marks(place: &str) -> (String, String) {
     (format!("<!-- {place} -->"), format!("<!-- /{place} -->"))
 }
 
-/// All tables.
+/// All tables, of what was measured.
 pub fn markdown(results: &Results, setting: &str) -> String {
+    let memory = match results.memory.is_empty() {
+        true => String::new(),
+        false => format!("\nMemory, MiB unless it says KiB:\n\n{}", memory(results)),
+    };
+    if results.rates.is_empty() {
+        return format!("{setting}.\n{memory}");
+    }
     [
         format!("{setting}.\n\nMicroseconds of a core for a request, and the gateway's as a part of each peer's:\n\n"),
         costs(results),
@@ -50,8 +57,7 @@ pub fn markdown(results: &Results, setting: &str) -> String {
         rates(results),
         "\nMicroseconds from when a request was due to its answer, at half load (p50 / p99 / p99.9):\n\n".to_owned(),
         waits(results),
-        "\nMemory, MiB unless it says KiB:\n\n".to_owned(),
-        memory(results),
+        memory,
     ]
     .concat()
 }
@@ -75,7 +81,7 @@ fn verdict(value: f64, bar: f64) -> String {
 }
 
 fn costs(results: &Results) -> String {
-    let rows = Case::ALL.map(|case| {
+    let rows = results.cases().map(|case| {
         let of = |kind| results.costs(kind, case, |cost| cost.micros);
         let mut row = vec![case.to_string()];
         row.extend(Kind::COMPARED.map(|kind| figure(median(&of(kind)))));
@@ -90,11 +96,11 @@ fn costs(results: &Results) -> String {
         row.push(format!("{} ({} to {}){bar}", figure(median), figure(least), figure(most)));
         row
     });
-    table(&[""], true, &["gateway / NGINX", "gateway / HAProxy", "gateway − bare Pingora, µs"], rows.to_vec())
+    table(&[""], true, &["gateway / NGINX", "gateway / HAProxy", "gateway − bare Pingora, µs"], rows.collect())
 }
 
 fn nodes(results: &Results) -> String {
-    let rows = Case::ALL.map(|case| {
+    let rows = results.cases().map(|case| {
         let mut row = vec![case.to_string()];
         for kind in [Kind::OverH2c, Kind::OverUnix] {
             row.push(figure(median(&results.costs(kind, case, |cost| cost.micros))));
@@ -103,11 +109,11 @@ fn nodes(results: &Results) -> String {
         row
     });
     let head = ["", "h2c, µs", "/ NGINX", "/ HAProxy", "Unix socket, µs", "/ NGINX", "/ HAProxy"];
-    table(&head, false, &[], rows.to_vec())
+    table(&head, false, &[], rows.collect())
 }
 
 fn rates(results: &Results) -> String {
-    let rows = Case::ALL.map(|case| {
+    let rows = results.cases().map(|case| {
         let mut row = vec![case.to_string()];
         row.extend(Kind::COMPARED.map(|kind| {
             let rate = median(&results.costs(kind, case, |cost| cost.rate));
@@ -116,11 +122,11 @@ fn rates(results: &Results) -> String {
         }));
         row
     });
-    table(&[""], true, &[], rows.to_vec())
+    table(&[""], true, &[], rows.collect())
 }
 
 fn waits(results: &Results) -> String {
-    let rows = Case::ALL.map(|case| {
+    let rows = results.cases().map(|case| {
         let mut row = vec![case.to_string(), format!("{:.0}", median(&results.rates[&case]))];
         row.extend(Kind::COMPARED.map(|kind| {
             let parts = [0, P99, 2].map(|part| format!("{:.0}", median(&results.waits(kind, case, part))));
@@ -130,7 +136,7 @@ fn waits(results: &Results) -> String {
         row.push(format!("{ratio} of {}'s, {}", better.name(), verdict(ratio.median, WAIT_BAR)));
         row
     });
-    table(&["", "requests/s"], true, &["gateway's p99 / the better peer's"], rows.to_vec())
+    table(&["", "requests/s"], true, &["gateway's p99 / the better peer's"], rows.collect())
 }
 
 fn memory(results: &Results) -> String {

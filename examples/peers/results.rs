@@ -18,7 +18,7 @@ pub const WAIT_BAR: f64 = 1.1;
 #[derive(Debug, Default)]
 pub struct Results {
     pub costs: BTreeMap<(Kind, Case), Vec<Cost>>,
-    /// Microseconds at half load: p50, p99 and p99.9.
+    /// Microseconds at half load, of each turn: p50, p99 and p99.9.
     pub waits: BTreeMap<(Kind, Case), Vec<[f64; 3]>>,
     /// Requests a second that half load was.
     pub rates: BTreeMap<Case, Vec<f64>>,
@@ -69,12 +69,17 @@ pub fn bars(way: Way) -> [(Kind, f64); 2] {
 }
 
 impl Results {
+    /// Those that were measured, in their order.
+    pub fn cases(&self) -> impl Iterator<Item = Case> {
+        self.rates.keys().copied()
+    }
+
     /// Of each round.
     pub fn costs(&self, kind: Kind, case: Case, what: fn(&Cost) -> f64) -> Vec<f64> {
         self.costs[&(kind, case)].iter().map(what).collect()
     }
 
-    /// Of each round: 0 is p50, 1 p99, 2 p99.9.
+    /// Of each turn: 0 is p50, 1 p99, 2 p99.9.
     pub fn waits(&self, kind: Kind, case: Case, part: usize) -> Vec<f64> {
         self.waits[&(kind, case)].iter().map(|round| round[part]).collect()
     }

@@ -54,8 +54,6 @@ pub struct Connection {
     sleep: Option<Pin<Box<Sleep>>>,
     /// The clock holds the waker of the request that is under way.
     is_watched: bool,
-    /// Room for an answer's head: nothing is in it.
-    room: BytesMut,
     /// What connections to the same peer go by.
     pub(super) key: u128,
 }
@@ -69,7 +67,7 @@ impl std::fmt::Debug for Connection {
 impl Connection {
     /// A connection on a stream that is there and speaks HTTP/1.1.
     pub fn new(stream: Stream) -> Self {
-        Self { stream, sleep: None, is_watched: false, room: BytesMut::new(), key: 0 }
+        Self { stream, sleep: None, is_watched: false, key: 0 }
     }
 
     /// Nothing has come on it: it is neither closed nor has the other side said anything unasked.
@@ -135,9 +133,9 @@ impl<S> std::fmt::Debug for Exchange<S> {
 
 impl<S: Source> Exchange<S> {
     /// A request on `connection`, which was kept from before if it is `reused`. Nothing is written until it is polled.
-    pub fn begin(mut connection: Connection, reused: bool, head: &Head, source: S, times: Times) -> Self {
+    pub fn begin(connection: Connection, reused: bool, head: &Head, source: S, times: Times) -> Self {
         let upload = Upload::new(head, source.length(), source.is_done());
-        let answer = Answer::new(std::mem::take(&mut connection.room), head.method == Method::HEAD);
+        let answer = Answer::new(head.method == Method::HEAD);
         let Times { read, write, .. } = times;
         Self { connection, source, upload, answer, is_reused: reused, read, write, read_until: None }
     }
@@ -196,9 +194,6 @@ impl<S: Source> Exchange<S> {
         let mut connection = self.connection;
         is_kept.then(|| {
             connection.rest();
-            if !self.answer.is_large {
-                connection.room = self.answer.buffer;
-            }
             connection
         })
     }
@@ -294,11 +289,12 @@ impl<S: Source> Exchange<S> {
         if let Some(refused) = self.upload.refused {
             return Err(broken(refused));
         }
-        self.upload.is_blocked = false;
+        // What is not taken is not added to.
+        let mut is_blocked = std::mem::take(&mut self.upload.is_blocked);
         let mut pieces = PIECES_AT_ONCE;
         loop {
             let mut waits = false;
-            while !waits && self.upload.outgoing.has_room() {
+            while !waits && !is_blocked && self.upload.outgoing.has_room() {
                 if pieces == 0 {
                     break;
                 }
@@ -306,7 +302,7 @@ impl<S: Source> Exchange<S> {
                 waits = self.take_piece(cx)?;
             }
             match self.upload.outgoing.poll_write(cx, &mut self.connection.stream) {
-                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Ok(())) => is_blocked = false,
                 Poll::Ready(Err(error)) => {
                     self.upload.give_up(&error);
                     return Ok(());
@@ -452,8 +448,6 @@ struct Answer {
     end: End,
     /// What is read at once.
     step: usize,
-    /// There has been room for more than a head.
-    is_large: bool,
     /// Answers before it.
     informational: u8,
     /// An octet of it has come.
@@ -465,13 +459,12 @@ struct Answer {
 }
 
 impl Answer {
-    fn new(room: BytesMut, is_bodyless: bool) -> Self {
+    fn new(is_bodyless: bool) -> Self {
         Self {
-            buffer: room,
+            buffer: BytesMut::new(),
             phase: Phase::Head,
             end: End::default(),
             step: READ_HEAD,
-            is_large: false,
             informational: 0,
             has_begun: false,
             is_bodyless,
@@ -486,13 +479,21 @@ impl Answer {
             _ => usize::MAX,
         };
         let wanted = most.min(self.step);
-        if self.buffer.capacity() - self.buffer.len() < wanted.min(READ_MIN) {
-            self.is_large |= wanted > READ_HEAD;
-            self.buffer.reserve(wanted);
-        }
-        let room = most.min(self.buffer.capacity() - self.buffer.len());
-        let mut limited = (&mut self.buffer).limit(room);
-        let read = ready!(pin!(stream.read_buf(&mut limited)).poll(cx))?;
+        let read = if wanted <= READ_HEAD {
+            // Whoever waits for an answer has no room for it.
+            let mut room = [const { MaybeUninit::uninit() }; READ_HEAD];
+            let mut came = ReadBuf::uninit(room.get_mut(..wanted).unwrap_or_default());
+            ready!(Pin::new(stream).poll_read(cx, &mut came))?;
+            self.buffer.extend_from_slice(came.filled());
+            came.filled().len()
+        } else {
+            if self.buffer.capacity() - self.buffer.len() < wanted.min(READ_MIN) {
+                self.buffer.reserve(wanted);
+            }
+            let room = most.min(self.buffer.capacity() - self.buffer.len());
+            let mut limited = (&mut self.buffer).limit(room);
+            ready!(pin!(stream.read_buf(&mut limited)).poll(cx))?
+        };
         if read > 0 {
             self.has_begun = true;
         }
@@ -719,6 +720,7 @@ fn stopped(stop: Stop) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http1::Share;
     use crate::http1::{EXTENSIONS_MAX, JOINED, TRAILER_FIELDS_MAX, TRAILERS_MAX};
     use crate::problem::Refusal;
     use http::HeaderValue;
@@ -1068,18 +1070,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pieces_that_are_there_are_one_write_where_they_are_the_last() {
+    async fn pieces_that_are_there_are_one_write_where_there_is_a_share_for_it_or_they_are_the_last() {
         const PIECE: usize = 16 * 1024;
         let pieces = |count: usize| (0..count).map(|n| piece(&vec![b'a' + n as u8; PIECE]));
-        // how many pieces, whether their length is said, the room of a write, and how many writes these are
-        for (count, is_said, most, writes) in [
-            (4, true, None, Some(1)),
+        // how many pieces, whether their length is said, the room of a write, whether there is a share, and how many writes
+        // these are
+        for (count, is_said, most, is_ample, writes) in [
+            (4, true, None, false, Some(1)),
             // all but the last four are a write each
-            (6, true, None, Some(3)),
-            (4, false, None, Some(4)),
-            (4, true, Some(1_000), None),
-            (6, true, Some(PIECE + 7), None),
+            (6, true, None, false, Some(3)),
+            // four at a time
+            (6, true, None, true, Some(2)),
+            (9, true, None, true, Some(3)),
+            (4, false, None, true, Some(4)),
+            (4, true, Some(1_000), true, None),
+            (6, true, Some(PIECE + 7), true, None),
         ] {
+            let taken: Vec<_> = if is_ample { vec![] } else { std::iter::from_fn(Share::ample).collect() };
             let script = Script { is_vectored: true, most, ..Script::default() };
             let length = is_said.then_some((count * PIECE) as u64);
             let (mut exchange, seen) = on(script, Method::POST, body(length, pieces(count)));
@@ -1099,6 +1106,7 @@ mod tests {
                 assert!(seen.written[..head].ends_with(b"\r\n\r\n"));
             }
             assert!(writes.is_none_or(|writes| seen.writes.len() == writes), "{count}: {:?}", seen.writes);
+            drop(taken);
         }
     }
 

@@ -6,7 +6,7 @@ use super::exchange::Rules;
 use super::frames::Frames;
 use super::http1::{self, Transport};
 use super::live::{ListenerTls, Live};
-use super::stream::{Connection, End, Ends};
+use super::stream::{Connection, End, Ends, client_of};
 use super::{Gateway, Shared, http2, proxy_protocol};
 use crate::tls::TlsStream;
 use async_trait::async_trait;
@@ -189,9 +189,4 @@ impl<R: Rules> Serving<R> {
             cut.inc();
         }
     }
-}
-
-pub(super) fn client_of(stream: &Stream) -> Option<SocketAddr> {
-    let digest = stream.get_socket_digest()?;
-    digest.peer_addr().and_then(|address| address.as_inet()).copied()
 }

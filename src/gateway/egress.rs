@@ -5,12 +5,12 @@
 //! someone else's process on the loopback, sends nothing in another's name. Who said when to come again (`Retry-After`) is not
 //! asked before that.
 
-use super::door::{Serving, client_of};
+use super::door::Serving;
 use super::exchange::{Ctx, Failed, Rules, Way};
 use super::forward;
 use super::live::{Live, LiveEgress};
 use super::session::Session;
-use super::stream::Connection;
+use super::stream::{Connection, client_of};
 use super::{Shared, answer, fields, peek};
 use crate::config::host_of;
 use crate::dialect::{Endpoint, Routes, moh};

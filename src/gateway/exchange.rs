@@ -14,7 +14,6 @@ use crate::problem::Refusal;
 use bytes::Bytes;
 use http::{Method, Response, StatusCode, Version, header, response};
 use hyper::body::{Body, Frame, SizeHint};
-use std::cell::Cell;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -318,12 +317,7 @@ pub(super) struct Answer<R: Rules> {
     patience: Option<Duration>,
     /// When it has to be over, where that is said.
     until: Option<Instant>,
-    /// The last octet, where it goes by itself.
-    last: Option<Bytes>,
 }
-
-/// Octets of an answer's end at most that go out as a whole, whether or not its client has room for them.
-const HELD_BACK: usize = 1024;
 
 enum What {
     /// The gateway's own, still to go.
@@ -339,13 +333,13 @@ impl<R: Rules> Answer<R> {
     fn new(under_way: Box<UnderWay<R>>, what: What, session: &Session) -> Self {
         let patience = session.connection.h2.then(|| under_way.ctx.patience());
         let until = under_way.ctx.until();
-        Self { under_way: Some(under_way), what, patience, until, last: None }
+        Self { under_way: Some(under_way), what, patience, until }
     }
 
     /// One without a body.
     fn over(under_way: Box<UnderWay<R>>) -> Self {
         drop(under_way);
-        Self { under_way: None, what: What::Over, patience: None, until: None, last: None }
+        Self { under_way: None, what: What::Over, patience: None, until: None }
     }
 
     /// Octets of all of it, where that is known.
@@ -358,6 +352,11 @@ impl<R: Rules> Answer<R> {
         self.until
     }
 
+    /// How long its client may not read, over HTTP/2.
+    pub(super) fn patience(&self) -> Duration {
+        self.patience.unwrap_or_default()
+    }
+
     /// All of it has been given out. Over HTTP/2 its request is under way for as long as its client has no room for it.
     fn is_over(&mut self) {
         self.what = What::Over;
@@ -366,20 +365,7 @@ impl<R: Rules> Answer<R> {
         }
     }
 
-    /// From now on it is its client that is waited for.
-    fn wait_for_client(&self) {
-        if let Some(patience) = self.patience {
-            let until = Instant::now() + patience;
-            DEADLINE.set(Some(self.until.map_or(until, |late| until.min(late))));
-        }
-    }
-
     fn poll_passing(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Gone>>> {
-        if let Some(last) = self.last.take() {
-            // A moment later, so that its task waits until its client has room for all before it.
-            self.is_over();
-            return Poll::Ready(Some(Ok(Frame::data(last))));
-        }
         let Some(under_way) = &mut self.under_way else { return Poll::Ready(None) };
         let Some(exchange) = &mut under_way.exchange else { return Poll::Ready(None) };
         let frame = match exchange.poll_frame(cx) {
@@ -402,15 +388,6 @@ impl<R: Rules> Answer<R> {
                 let UnderWay { rules, ctx, .. } = &mut **under_way;
                 match rules.pass(octets, ctx) {
                     Ok(()) => {
-                        if is_over && self.patience.is_some() && octets > HELD_BACK {
-                            // Over HTTP/2 nobody waits for a client that has no room for the end.
-                            under_way.end();
-                            if let Ok(mut data) = frame.into_data() {
-                                self.last = Some(data.split_off(octets - 1));
-                                return Poll::Ready(Some(Ok(Frame::data(data))));
-                            }
-                            return Poll::Ready(None);
-                        }
                         if is_over {
                             under_way.end();
                             self.is_over();
@@ -455,19 +432,10 @@ impl<R: Rules> Body for Answer<R> {
         match &mut this.what {
             What::Own(body) => {
                 let body = std::mem::take(body);
-                this.wait_for_client();
                 this.is_over();
                 Poll::Ready(Some(Ok(Frame::data(body))))
             }
-            What::Passes { .. } => {
-                // Until there is more it is the other side that is waited for, which has a clock; from then on it is the client.
-                DEADLINE.set(None);
-                let frame = this.poll_passing(cx);
-                if frame.is_ready() {
-                    this.wait_for_client();
-                }
-                frame
-            }
+            What::Passes { .. } => this.poll_passing(cx),
             What::Over => Poll::Ready(None),
         }
     }
@@ -482,48 +450,6 @@ impl<R: Rules> Body for Answer<R> {
             What::Passes { length: Some(length) } => SizeHint::with_exact(*length),
             What::Passes { length: None } => SizeHint::default(),
             What::Over => SizeHint::with_exact(0),
-        }
-    }
-}
-
-thread_local! {
-    /// Until when the answer that is polled on this thread may wait for its client.
-    static DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
-}
-
-/// A stream of HTTP/2, which ends when its client does not read what it is answered: hyper waits for that without a clock, and
-/// what is held for the answer would be held as long.
-pub(super) struct Patient<F> {
-    inner: F,
-    deadline: Option<Instant>,
-    clock: Option<Pin<Box<Sleep>>>,
-}
-
-impl<F> Patient<F> {
-    pub(super) fn new(inner: F) -> Self {
-        Self { inner, deadline: None, clock: None }
-    }
-}
-
-impl<F: Future<Output = ()> + Unpin> Future for Patient<F> {
-    type Output = ();
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = self.get_mut();
-        DEADLINE.set(this.deadline);
-        let polled = Pin::new(&mut this.inner).poll(cx);
-        this.deadline = DEADLINE.take();
-        if polled.is_ready() {
-            return Poll::Ready(());
-        }
-        let Some(deadline) = this.deadline else { return Poll::Pending };
-        let clock = this.clock.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline.into())));
-        loop {
-            ready!(clock.as_mut().poll(cx));
-            if Instant::now() >= deadline {
-                return Poll::Ready(());
-            }
-            clock.as_mut().reset(deadline.into());
         }
     }
 }

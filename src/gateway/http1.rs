@@ -11,7 +11,7 @@ use super::exchange::{self, Answer as AnswerBody, Rules};
 use super::session::{Rest, Session};
 use super::stream::{Clock, Connection};
 use crate::forward::Stop;
-use crate::http1::{Answer, Chunks, End, Framing, Request, Taken, skip_empty_lines, split};
+use crate::http1::{Answer, Chunks, End, Framing, Request, Share, Taken, skip_empty_lines, split};
 use crate::problem::Refusal;
 use crate::tls::{READ, TlsStream};
 use bytes::{Bytes, BytesMut};
@@ -23,19 +23,13 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, AsyncWriteExt as _, BufReader};
 
 /// Octets of an upload that are read at once where there are many.
 const RECORD: usize = 16 * 1024;
-
-/// Octets of uploads that may be read more at once than of a record each, so that they are fewer calls to the kernel.
-const AMPLE: usize = 256 * 1024;
-
-/// Octets of uploads for which that is so now.
-static AMPLY_READ: AtomicUsize = AtomicUsize::new(0);
 
 /// Octets of a body that nobody wants that are passed over, so that the next request can follow.
 const SKIPPED: u64 = 16 * 1024;
@@ -115,26 +109,6 @@ struct Wire {
     ample: Option<Share>,
 }
 
-/// A part of what there may be of something at once, until it is dropped.
-struct Share {
-    of: &'static AtomicUsize,
-    by: usize,
-}
-
-impl Share {
-    /// `by` more of it, if that is not more than `most` in all.
-    fn new(of: &'static AtomicUsize, by: usize, most: usize) -> Option<Self> {
-        let more = |all: usize| all.checked_add(by).filter(|all| *all <= most);
-        of.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self { of, by })
-    }
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        self.of.fetch_sub(self.by, Ordering::Relaxed);
-    }
-}
-
 /// How a request is waited for.
 struct Waiting<'a> {
     clock: &'a mut Clock,
@@ -170,7 +144,7 @@ impl Wire {
     fn poll_take(&mut self, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<Bytes>> {
         // What was taken before is with its node.
         self.ample = None;
-        let ample = Share::new(&AMPLY_READ, READ, AMPLE);
+        let ample = Share::ample();
         let came = ready!(self.stream.poll_take(cx, most, ample.is_some()))?;
         self.ample = ample.filter(|_| came.len() > RECORD);
         Poll::Ready(Ok(came))

@@ -1,17 +1,21 @@
-//! HTTP/2 with those who come in, which hyper and h2 speak: requests on a connection are served by the rules of a door.
+//! HTTP/2 with those who come in, which h2 speaks: requests on a connection are served by the rules of a door.
 //!
-//! hyper waits for ever for a client that has yet to begin, or does not read, and sees no frame that h2 answers by itself. The
-//! [`Stream`] it reads mends the first two with clocks, and counts frames; [`Patient`] bounds how long what is answered waits for
-//! its client.
+//! All of a connection is one task: its frames, and the requests that are under way on it. h2 waits for ever for a client that has
+//! yet to begin, or does not read, and answers frames by itself that nobody else sees. The [`Stream`] it reads mends the first two
+//! with clocks, and counts frames; how long an answer waits for its client to have room for it is bounded here.
 
-use super::exchange::{self, Patient, Rules};
+use super::exchange::{self, Answer, Rules};
 use super::frames::Frames;
 use super::session::{Rest, Session};
-use super::stream::{Clock, Connection, End, Ends};
+use super::stream::{Clock, Connection, End, Ends, OnIt};
 use crate::config::Http2;
-use hyper::server::conn::http2;
-use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use crate::http1::{date, is_of_connection};
+use bytes::Bytes;
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
+use h2::server::{Builder, SendResponse};
+use h2::{Reason, SendStream};
+use http::{HeaderName, Request, Response, header, response};
+use hyper::body::Body as _;
 use pingora_core::server::ShutdownWatch;
 use prometheus::IntCounter;
 use std::future::poll_fn;
@@ -22,9 +26,16 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Octets of a body that may be on their way on a stream, and on a connection: what may have to be held of it.
+/// Octets of a body that may be on their way on a stream, and on a connection: what may have to be held of them. A connection has
+/// as much as it takes for 64 MB/s at its round-trip time, within these.
 const STREAM_WINDOW: u32 = 64 * 1024;
-const CONNECTION_WINDOW: u32 = 512 * 1024;
+const CONNECTION_WINDOW: (u32, u32) = (64 * 1024, 512 * 1024);
+
+/// Octets of a DATA frame at most. Whoever sends as many has them read as one.
+const FRAME: u32 = 64 * 1024;
+
+/// Pieces of an answer that one poll takes, so that a fast node leaves time for others.
+const PIECES_AT_ONCE: usize = 32;
 
 /// How long a client may take to hear that its connection ends.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -42,45 +53,196 @@ pub(super) async fn serve<R: Rules, T: AsyncRead + AsyncWrite + Unpin + Send + '
     keepalive: Duration,
     mut shutdown: ShutdownWatch,
 ) -> Option<End> {
-    let of_requests = connection.clone();
-    let service = service_fn(move |request: http::Request<_>| {
-        let (head, body) = request.into_parts();
-        let session = Session::new(head, Rest::of(body), of_requests.clone());
-        // hyper has room for it in each connection, also while there is none.
-        Box::pin(exchange::serve(rules.clone(), session, of_requests.begin()))
-            as Pin<Box<dyn Future<Output = _> + Send>>
-    });
-    let mut serve = http2::Builder::new(PatientExecutor);
-    serve
-        .max_concurrent_streams(settings.max_streams)
+    let mut h2 = Builder::new();
+    h2.max_concurrent_streams(settings.max_streams)
         .max_header_list_size(settings.max_header_list)
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW);
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(connection_window(connection.round_trip))
+        .max_frame_size(FRAME);
+    let begin = |request: Request<h2::RecvStream>, respond: SendResponse<Bytes>| {
+        let (head, body) = request.into_parts();
+        let session = Session::new(head, Rest::of(body), connection.clone());
+        answer(rules.clone(), session, connection.begin(), respond)
+    };
     let mut ends = Ends::of(&connection);
-    // In a place of its own: a task would have room for the stream twice.
-    let mut serving = Box::pin(serve.serve_connection(TokioIo::new(stream), service));
-    let idle = is_idle_for(&connection, keepalive);
+    let mut idle = pin!(is_idle_for(&connection, keepalive));
+    let mut told = pin!(told(&mut shutdown));
+    let mut handshake = h2.handshake(stream);
+    let mut serving = loop {
+        tokio::select! {
+            biased;
+            serving = &mut handshake => match serving {
+                Ok(serving) => break serving,
+                Err(_) => return None,
+            },
+            end = poll_fn(|cx| ends.poll(cx)) => if end == End::Cut {
+                return Some(end);
+            } else {
+                // Nothing is under way on it.
+                return None;
+            },
+            () = told.as_mut() => return None,
+            () = idle.as_mut() => return None,
+        }
+    };
+    drop(handshake);
+    let mut under_way = FuturesUnordered::new();
+    let mut serve = |cx: &mut Context<'_>, is_told: bool| -> Poll<()> {
+        if is_told {
+            serving.graceful_shutdown();
+        }
+        // What they have to say goes out with what comes in.
+        while let Poll::Ready(Some(())) = under_way.poll_next_unpin(cx) {}
+        while let Poll::Ready(accepted) = serving.poll_accept(cx) {
+            match accepted {
+                Some(Ok((request, respond))) => under_way.push(begin(request, respond)),
+                Some(Err(_)) | None => return Poll::Ready(()),
+            }
+        }
+        // What these have to say, h2 asks for.
+        while let Poll::Ready(Some(())) = under_way.poll_next_unpin(cx) {}
+        Poll::Pending
+    };
     tokio::select! {
         biased;
-        _ = serving.as_mut() => return None,
+        () = poll_fn(|cx| serve(cx, false)) => return None,
         end = poll_fn(|cx| ends.poll(cx)) => if end == End::Cut {
             return Some(end);
         },
-        () = told(&mut shutdown) => {}
+        () = told => {}
         () = idle => {}
     }
-    serving.as_mut().graceful_shutdown();
     // Whoever does not acknowledge that it was told is not waited for, once nothing is under way.
     let mut quiet = pin!(is_idle_for(&connection, LAST_WORDS));
+    let mut is_told = true;
     loop {
         tokio::select! {
-            _ = serving.as_mut() => return None,
+            () = poll_fn(|cx| serve(cx, std::mem::take(&mut is_told))) => return None,
             () = quiet.as_mut() => return None,
             end = poll_fn(|cx| ends.poll(cx)) => if end == End::Cut {
                 return Some(end);
             },
         }
     }
+}
+
+/// Answers a request on its stream.
+async fn answer<R: Rules>(rules: Arc<R>, session: Session, on_it: OnIt, mut respond: SendResponse<Bytes>) {
+    let answered = {
+        let mut serving = pin!(exchange::serve(rules, session, on_it));
+        poll_fn(|cx| match serving.as_mut().poll(cx) {
+            Poll::Ready(answered) => Poll::Ready(answered.ok()),
+            // Its client may not want it any more.
+            Poll::Pending => respond.poll_reset(cx).map(|_| None),
+        })
+        .await
+    };
+    let Some(answered) = answered else {
+        return respond.send_reset(Reason::INTERNAL_ERROR);
+    };
+    let (mut head, body) = answered.into_parts();
+    finish(&mut head, body.length().filter(|_| !body.is_end_stream()));
+    let is_over = body.is_end_stream();
+    // Whoever is not there any more is not answered.
+    let Ok(stream) = respond.send_response(Response::from_parts(head, ()), is_over) else { return };
+    if !is_over {
+        send(body, stream).await;
+    }
+}
+
+/// Fields of a connection are not HTTP/2's (RFC 9113 §8.2.2); and an answer says when it was sent, and how long it is where that
+/// is known.
+fn finish(head: &mut response::Parts, length: Option<u64>) {
+    let of_connection: Vec<HeaderName> = head.headers.keys().filter(|name| is_of_connection(name)).cloned().collect();
+    for name in of_connection {
+        head.headers.remove(name);
+    }
+    if !head.headers.contains_key(header::DATE) {
+        head.headers.insert(header::DATE, date());
+    }
+    if let Some(length) = length
+        && !head.headers.contains_key(header::CONTENT_LENGTH)
+    {
+        head.headers.insert(header::CONTENT_LENGTH, length.into());
+    }
+}
+
+/// Sends an answer's body, as its client has room for it. If that takes too long, its stream is cancelled: it is dropped without
+/// an end. Until all of it is with h2 its request is under way.
+async fn send<R: Rules>(mut body: Answer<R>, mut stream: SendStream<Bytes>) {
+    let (patience, until) = (body.patience(), body.until());
+    let mut clock = Clock::default();
+    let mut piece = Bytes::new();
+    let mut turns = 0;
+    poll_fn(|cx| {
+        turns = PIECES_AT_ONCE;
+        loop {
+            if piece.is_empty() {
+                let frame = match Pin::new(&mut body).poll_frame(cx) {
+                    Poll::Ready(frame) => frame,
+                    Poll::Pending => return stream.poll_reset(cx).map(drop),
+                };
+                match frame.map(|frame| frame.map(hyper::body::Frame::into_data)) {
+                    Some(Ok(Ok(data))) => piece = data,
+                    Some(Ok(Err(trailers))) => {
+                        if let Ok(trailers) = trailers.into_trailers() {
+                            let _ = stream.send_trailers(trailers);
+                        }
+                        return Poll::Ready(());
+                    }
+                    Some(Err(_)) => {
+                        stream.send_reset(Reason::INTERNAL_ERROR);
+                        return Poll::Ready(());
+                    }
+                    None => {
+                        let _ = stream.send_data(Bytes::new(), true);
+                        return Poll::Ready(());
+                    }
+                }
+                if piece.is_empty() && !body.is_end_stream() {
+                    continue;
+                }
+            }
+            let mut room = stream.capacity();
+            if room == 0 && !piece.is_empty() {
+                stream.reserve_capacity(piece.len());
+                room = match stream.poll_capacity(cx) {
+                    Poll::Ready(Some(Ok(room))) => room,
+                    // It is reset, or its connection is gone.
+                    Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(()),
+                    Poll::Pending => {
+                        if !clock.is_set() {
+                            let patient = Instant::now() + patience;
+                            clock.set(until.map_or(patient, |until| until.min(patient)));
+                        }
+                        return clock.poll(cx);
+                    }
+                };
+                if room == 0 {
+                    continue;
+                }
+            }
+            clock.stop();
+            let now = piece.split_to(room.min(piece.len()));
+            let is_last = piece.is_empty() && body.is_end_stream();
+            if stream.send_data(now, is_last).is_err() || is_last {
+                return Poll::Ready(());
+            }
+            turns -= 1;
+            if turns == 0 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+        }
+    })
+    .await;
+}
+
+/// The window of a connection of which a round trip takes so long, or nobody knows how long.
+fn connection_window(round_trip: Option<Duration>) -> u32 {
+    let (least, most) = CONNECTION_WINDOW;
+    let octets = round_trip.map_or(u128::from(most), |time| time.as_micros() * 64);
+    u32::try_from(octets).unwrap_or(most).clamp(least, most)
 }
 
 /// Ends once no request has been under way, and no answer waited for its client, for so long, or for half as long again.
@@ -103,17 +265,7 @@ async fn told(watch: &mut tokio::sync::watch::Receiver<bool>) {
     }
 }
 
-/// Runs the streams of a connection.
-#[derive(Debug, Clone, Copy)]
-struct PatientExecutor;
-
-impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for PatientExecutor {
-    fn execute(&self, stream: F) {
-        tokio::spawn(Patient::new(Box::pin(stream)));
-    }
-}
-
-/// What hyper reads and writes.
+/// What h2 reads and writes.
 pub(super) struct Stream<T> {
     /// None: it has been abused.
     inner: Option<T>,
@@ -228,5 +380,21 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Stream<T> {
         let Some(inner) = this.inner.as_mut() else { return Poll::Ready(Ok(())) };
         let shut = Pin::new(inner).poll_shutdown(cx);
         this.timed(cx, shut)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_is_for_its_round_trip() {
+        let window = |micros| connection_window(Some(Duration::from_micros(micros)));
+        assert_eq!(
+            [0, 80, 1024, 2048, 8192, 100_000].map(window).map(|octets| octets / 1024),
+            [64, 64, 64, 128, 512, 512]
+        );
+        assert_eq!(connection_window(Some(Duration::MAX)), 512 * 1024);
+        assert_eq!(connection_window(None), 512 * 1024);
     }
 }

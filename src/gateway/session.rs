@@ -9,12 +9,9 @@ use super::stream::{Clock, Connection};
 use crate::forward::{Source, Stop};
 use crate::problem::Refusal;
 use bytes::Bytes;
+use h2::RecvStream;
 use http::Version;
 use http::request::Parts;
-use hyper::body::{Body as _, Incoming};
-use std::error::Error as _;
-use std::io::ErrorKind;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -50,6 +47,14 @@ impl Body {
     }
 }
 
+/// The body of a request over HTTP/2.
+pub(super) struct Http2 {
+    stream: RecvStream,
+    /// Octets that were given out last. As long as they are on their way, their sender has no room for more: none is asked for
+    /// before they are gone.
+    given: usize,
+}
+
 /// The rest of a body.
 #[derive(Default)]
 pub(super) enum Rest {
@@ -59,7 +64,7 @@ pub(super) enum Rest {
     /// Over HTTP/1.1.
     Http1(http1::Body),
     /// Over HTTP/2.
-    Http2(Incoming),
+    Http2(Box<Http2>),
 }
 
 /// A request that has come in.
@@ -146,8 +151,8 @@ impl Session {
 
 impl Rest {
     /// That of a request over HTTP/2.
-    pub(super) fn of(body: Incoming) -> Self {
-        if body.is_end_stream() { Self::None } else { Self::Http2(body) }
+    pub(super) fn of(body: RecvStream) -> Self {
+        if body.is_end_stream() { Self::None } else { Self::Http2(Box::new(Http2 { stream: body, given: 0 })) }
     }
 
     /// More of what comes, never an empty piece. None: that was all.
@@ -160,8 +165,8 @@ impl Rest {
                 (chunk, ends)
             }
             Self::Http2(body) => {
-                let chunk = ready!(poll_http2(body, cx));
-                let ends = body.is_end_stream();
+                let chunk = ready!(body.poll_chunk(cx));
+                let ends = body.stream.is_end_stream();
                 (chunk, ends)
             }
         };
@@ -172,43 +177,42 @@ impl Rest {
     }
 }
 
-fn poll_http2(body: &mut Incoming, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
-    loop {
-        match ready!(Pin::new(&mut *body).poll_frame(cx)) {
-            Some(Ok(frame)) => {
-                // Trailers say nothing that anybody has checked.
-                if let Ok(data) = frame.into_data()
-                    && !data.is_empty()
-                {
+impl Http2 {
+    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
+        self.give_room_back();
+        loop {
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) if data.is_empty() => {}
+                Some(Ok(data)) => {
+                    self.given = data.len();
                     return Poll::Ready(Some(Ok(data)));
                 }
+                Some(Err(e)) => return Poll::Ready(Some(Err(stop(&e)))),
+                // Trailers say nothing that anybody has checked.
+                None => return Poll::Ready(None),
             }
-            Some(Err(e)) => return Poll::Ready(Some(Err(stop(&e)))),
-            // It is its end only if its sender has said so: hyper takes a reset without an error for one.
-            None if !body.is_end_stream() => {
-                let refusal = Refusal::BadHttp("the body broke off");
-                return Poll::Ready(Some(Err(Stop { refusal, broken: true, gone: true })));
-            }
-            None => return Poll::Ready(None),
+        }
+    }
+
+    fn give_room_back(&mut self) {
+        let given = std::mem::take(&mut self.given);
+        if given > 0 {
+            // Nobody needs it where the stream is gone.
+            let _ = self.stream.flow_control().release_capacity(given);
         }
     }
 }
 
-/// Why a body has broken off.
-fn stop(e: &hyper::Error) -> Stop {
-    let refusal = Refusal::BadHttp("the body's framing is wrong, or it broke off");
-    let mut gone = e.is_incomplete_message() || e.is_closed() || e.is_canceled();
-    let mut source = e.source();
-    while let Some(cause) = source {
-        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
-            gone |= !matches!(io.kind(), ErrorKind::InvalidInput | ErrorKind::InvalidData | ErrorKind::Other);
-        }
-        if let Some(h2) = cause.downcast_ref::<h2::Error>() {
-            gone |= h2.is_reset() || h2.is_io() || h2.is_go_away();
-        }
-        source = cause.source();
+impl Drop for Http2 {
+    fn drop(&mut self) {
+        self.give_room_back();
     }
-    Stop { refusal, broken: true, gone }
+}
+
+/// Why a body has broken off.
+fn stop(e: &h2::Error) -> Stop {
+    let refusal = Refusal::BadHttp("the body's framing is wrong, or it broke off");
+    Stop { refusal, broken: true, gone: e.is_reset() || e.is_io() || e.is_go_away() }
 }
 
 /// A request's body on its way.

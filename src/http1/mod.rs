@@ -7,10 +7,12 @@
 mod chunks;
 mod outgoing;
 mod request;
+mod share;
 
 pub use chunks::{Chunks, EXTENSIONS_MAX, TRAILER_FIELDS_MAX, TRAILERS_MAX, Taken};
 pub use outgoing::{Framing, JOINED, Outgoing, put_field, put_length};
-pub use request::{Answer, FIELDS_MAX, HEAD_MAX, Request};
+pub use request::{Answer, FIELDS_MAX, HEAD_MAX, Request, date};
+pub use share::Share;
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use http::{HeaderName, HeaderValue};

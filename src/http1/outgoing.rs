@@ -2,6 +2,7 @@
 //! larger ones are written from where they are.
 
 use super::Bad;
+use super::Share;
 use super::chunks::LAST;
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use http::HeaderMap;
@@ -16,7 +17,8 @@ use tokio::time::Instant;
 /// Up to this size a piece of a body is copied behind what goes before it, to be one write with it.
 pub const JOINED: usize = 4 * 1024;
 
-/// Of a body that is no longer than this from here on, all pieces that are there are one write.
+/// Pieces that are there are one write up to so many octets: of a body that is no longer than this from here on, and of others
+/// where there is a [`Share`] for it.
 const GATHERED: u64 = 64 * 1024;
 const PIECES: usize = 6;
 
@@ -41,6 +43,8 @@ pub struct Outgoing {
     piece: Bytes,
     /// Further pieces, of a body whose length is known.
     more: SmallVec<[Bytes; 1]>,
+    /// For these, where they are many.
+    ample: Option<Share>,
     back: &'static [u8],
     framing: Framing,
     /// Nothing is written yet.
@@ -66,6 +70,7 @@ impl Outgoing {
             front: head,
             piece: Bytes::new(),
             more: SmallVec::new(),
+            ample: None,
             back: b"",
             framing,
             is_untouched: true,
@@ -80,18 +85,25 @@ impl Outgoing {
         self.is_ended
     }
 
-    /// Another piece may be taken: nothing is left to write, or nothing is written and there is not much yet, or it is one of the
-    /// last.
-    pub fn has_room(&self) -> bool {
+    /// Another piece may be taken: nothing is left to write, or nothing is written and there is not much yet, or it can be one
+    /// write with those before it.
+    pub fn has_room(&mut self) -> bool {
         if self.is_ended || !self.back.is_empty() {
             return false;
         }
         if self.piece.is_empty() {
             return self.front.is_empty() || (self.is_untouched && self.front.len() <= JOINED);
         }
-        let queued = self.piece.len() + self.more.iter().map(Bytes::len).sum::<usize>();
-        matches!(self.framing, Framing::Length(rest) if rest.saturating_add(queued as u64) <= GATHERED)
-            && self.more.len() + 1 < PIECES
+        let Framing::Length(rest) = self.framing else { return false };
+        let queued = self.more.iter().fold(self.piece.len() as u64, |sum, piece| sum + piece.len() as u64);
+        if queued >= GATHERED || self.more.len() + 1 >= PIECES {
+            return false;
+        }
+        if rest.saturating_add(queued) > GATHERED && self.ample.is_none() {
+            self.ample = Share::ample();
+            return self.ample.is_some();
+        }
+        true
     }
 
     /// Takes a piece of the body in. `is_vectored`: several pieces can be one write.
@@ -195,6 +207,7 @@ impl Outgoing {
                 // what it was a part of may be large
                 self.piece = Bytes::new();
                 if self.more.is_empty() {
+                    self.ample = None;
                     break;
                 }
                 self.piece = self.more.remove(0);
@@ -246,6 +259,7 @@ impl Outgoing {
         self.front = BytesMut::new();
         self.piece = Bytes::new();
         self.more.clear();
+        self.ample = None;
         self.back = b"";
         self.is_ended = true;
     }

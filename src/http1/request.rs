@@ -6,7 +6,6 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, Uri, Version, header, response};
 use std::cell::RefCell;
-use std::fmt::Write as _;
 use std::mem::MaybeUninit;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -183,7 +182,7 @@ impl Answer {
             put_field(&mut front, b"connection", b"close");
         }
         if !head.headers.contains_key(header::DATE) {
-            put_date(&mut front);
+            put_field(&mut front, b"date", date().as_bytes());
         }
         front.put_slice(b"\r\n");
         let is_ended = is_bodyless || framing == Framing::Length(0);
@@ -204,22 +203,22 @@ fn put_status(into: &mut BytesMut, status: StatusCode) {
 
 thread_local! {
     /// The second of the clock that `Date` was written for last, and what was.
-    static DATE: RefCell<(Duration, String)> = const { RefCell::new((Duration::ZERO, String::new())) };
+    static DATE: RefCell<(Duration, HeaderValue)> = const { RefCell::new((Duration::MAX, HeaderValue::from_static(""))) };
 }
 
-/// Says when an answer was sent, as one that has not been told has to be (RFC 9110 §6.6.1).
-fn put_date(into: &mut BytesMut) {
+/// When an answer is sent, as one that has not been told has to say (RFC 9110 §6.6.1).
+pub fn date() -> HeaderValue {
     let now = SystemTime::now();
     let second = Duration::from_secs(now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs());
     DATE.with_borrow_mut(|(of, date)| {
-        if *of != second || date.is_empty() {
-            *of = second;
-            date.clear();
-            // writing into memory does not fail
-            let _ = write!(date, "{}", httpdate::fmt_http_date(now));
+        if *of != second {
+            // It is text.
+            if let Ok(said) = HeaderValue::try_from(httpdate::fmt_http_date(now)) {
+                (*of, *date) = (second, said);
+            }
         }
-        put_field(into, b"date", date.as_bytes());
-    });
+        date.clone()
+    })
 }
 
 #[cfg(test)]

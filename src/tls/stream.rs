@@ -1,9 +1,9 @@
 //! TLS as a server, over rustls's connections without buffers (`rustls::unbuffered`): a connection that waits holds none.
 //!
 //! What comes is read into a place that all connections of a thread share, and decrypted there; what is left behind is a record
-//! that has not come whole, and octets that nobody has taken yet. What goes out is encrypted in such a place too, and written from
-//! there; what is not taken of it is kept. So nothing is held for most connections most of the time, and many records are one
-//! call to the kernel.
+//! that has not come whole, octets that nobody has taken yet, and records that whoever reads has no room for: these are
+//! decrypted when it has. What goes out is encrypted in such a place too, and written from there; what is not taken of it is
+//! kept. So nothing is held for most connections most of the time, and many records are one call to the kernel.
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use rustls::ServerConfig;
@@ -53,8 +53,20 @@ impl Room {
 
 impl Drop for Room {
     fn drop(&mut self) {
-        self.of.set(Some(std::mem::take(&mut self.octets)));
+        // A connection may have kept it.
+        if !self.octets.is_empty() {
+            self.of.set(Some(std::mem::take(&mut self.octets)));
+        }
     }
+}
+
+/// Octets that are still to be processed.
+#[derive(Default)]
+struct Incoming {
+    /// A [`Room`]'s, while records are read or there are whole ones; else a place of their size.
+    octets: Box<[u8]>,
+    from: usize,
+    to: usize,
 }
 
 /// A connection after its handshake.
@@ -62,8 +74,10 @@ pub struct TlsStream<IO> {
     io: IO,
     connection: UnbufferedServerConnection,
     server_name: Option<Box<str>>,
-    /// The beginning of a record.
-    incoming: BytesMut,
+    /// What has come and is not decrypted: most often nothing, or the beginning of a record.
+    incoming: Incoming,
+    /// There may be whole records in that.
+    has_records: bool,
     /// What was decrypted, and nobody has taken.
     plain: BytesMut,
     /// What was encrypted, and is not out.
@@ -90,36 +104,79 @@ fn cut_off() -> io::Error {
     io::Error::new(ErrorKind::UnexpectedEof, "it ended without close_notify")
 }
 
+impl Incoming {
+    fn octets(&mut self) -> &mut [u8] {
+        self.octets.get_mut(self.from..self.to).unwrap_or_default()
+    }
+
+    fn len(&self) -> usize {
+        self.to - self.from
+    }
+
+    /// So many of them are processed.
+    fn advance(&mut self, processed: usize) {
+        self.from = (self.from + processed).min(self.to);
+    }
+
+    /// Has them where more can be read behind them: that place, as it is.
+    fn room(&mut self) -> &mut [u8] {
+        let length = self.len();
+        if self.octets.len() == READ {
+            if self.from > 0 {
+                self.octets.copy_within(self.from..self.to, 0);
+            }
+        } else {
+            let mut room = Room::to_read();
+            if let (Some(to), Some(from)) = (room.octets.get_mut(..length), self.octets.get(self.from..self.to)) {
+                to.copy_from_slice(from);
+            }
+            self.octets = std::mem::take(&mut room.octets);
+        }
+        (self.from, self.to) = (0, length.min(READ));
+        self.octets.get_mut(length..).unwrap_or_default()
+    }
+
+    /// Puts them into a place of their size, or none, and gives the one that is shared back.
+    fn settle(&mut self) {
+        if self.octets.len() != READ {
+            return;
+        }
+        let rest = Box::from(&*self.octets());
+        ROOM_TO_READ.set(Some(std::mem::replace(&mut self.octets, rest)));
+        (self.from, self.to) = (0, self.octets.len());
+    }
+}
+
+impl From<BytesMut> for Incoming {
+    fn from(octets: BytesMut) -> Self {
+        let to = octets.len();
+        Self { octets: Vec::from(octets).into(), from: 0, to }
+    }
+}
+
 impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
     /// Does the handshake. It has no time limit of its own.
     ///
     /// # Errors
     /// The connection ends, or what comes is no TLS, or none that `config` has: the other side is told.
     pub async fn accept(config: Arc<ServerConfig>, mut io: IO) -> io::Result<Self> {
-        let (mut hello, server_name) = hello(&mut io).await?;
+        let (hello, server_name) = hello(&mut io).await?;
         let connection = UnbufferedServerConnection::new(config).map_err(bad)?;
         let mut this = Self {
             io,
             connection,
             server_name,
-            incoming: BytesMut::new(),
+            incoming: Incoming::from(hello),
+            has_records: true,
             plain: BytesMut::new(),
             outgoing: BytesMut::new(),
             has_failed: false,
             is_read_closed: false,
             is_write_closed: false,
         };
-        match this.process(&mut hello) {
-            Ok(processed) => hello.advance(processed),
-            Err(e) => {
-                poll_fn(|cx| this.poll_send(cx)).await?;
-                return Err(e);
-            }
-        }
-        this.incoming = hello;
         while this.connection.is_handshaking() {
             // It sends what there is to be sent. Tickets, which come last, are not waited for.
-            if !poll_fn(|cx| this.poll_read_more(cx, true)).await? {
+            if !poll_fn(|cx| this.poll_read_more(cx, true, None)).await? {
                 return Err(cut_off());
             }
         }
@@ -131,29 +188,46 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         self.server_name.as_deref()
     }
 
+    /// What it goes over.
+    pub fn io(&self) -> &IO {
+        &self.io
+    }
+
     /// What was negotiated, and who is there.
     pub fn session(&self) -> &rustls::CommonState {
         &self.connection
     }
 
-    /// Processes whole records at the front of `octets`: how many octets they were.
-    fn process(&mut self, octets: &mut [u8]) -> io::Result<usize> {
-        let mut used = 0;
+    /// Processes the records that have come whole, all of them or until nothing more goes `into` there. What does not is kept.
+    fn process(&mut self, mut into: Option<&mut ReadBuf<'_>>) -> io::Result<()> {
         loop {
-            let rest = octets.get_mut(used..).unwrap_or_default();
+            let rest = self.incoming.octets();
             let left = rest.len();
             let UnbufferedStatus { mut discard, state } = self.connection.process_tls_records(rest);
             let mut goes_on = true;
             match state {
                 Ok(ConnectionState::ReadTraffic(mut traffic)) => {
-                    if self.plain.capacity() == self.plain.len() {
+                    if into.is_none() && self.plain.capacity() == self.plain.len() {
                         // No more comes out than went in.
                         self.plain.reserve(left);
                     }
                     while let Some(record) = traffic.next_record() {
                         let record = record.map_err(bad)?;
                         discard += record.discard;
-                        self.plain.extend_from_slice(record.payload);
+                        let mut payload = record.payload;
+                        if let Some(buf) = &mut into
+                            && self.plain.is_empty()
+                        {
+                            let (now, later) = payload.split_at(payload.len().min(buf.remaining()));
+                            buf.put_slice(now);
+                            payload = later;
+                        }
+                        self.plain.extend_from_slice(payload);
+                    }
+                    goes_on = into.as_ref().is_none_or(|buf| buf.remaining() > 0 && self.plain.is_empty());
+                    if !goes_on {
+                        self.incoming.advance(discard);
+                        return Ok(());
                     }
                 }
                 Ok(ConnectionState::EncodeTlsData(mut message)) => {
@@ -174,21 +248,23 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                 }
                 Err(e) => {
                     self.has_failed = true;
-                    self.take_alert(octets.get_mut(used + discard..).unwrap_or_default());
+                    self.incoming.advance(discard);
+                    self.take_alert();
                     return Err(bad(e));
                 }
             }
-            used += discard;
+            self.incoming.advance(discard);
             if !goes_on {
-                return Ok(used);
+                self.has_records = false;
+                return Ok(());
             }
         }
     }
 
-    /// What the other side is told of an error. `rest` is what has not been processed: rustls knows places in it.
-    fn take_alert(&mut self, rest: &mut [u8]) {
+    /// What the other side is told of an error. rustls knows places in what has not been processed, which therefore stays.
+    fn take_alert(&mut self) {
         while self.connection.wants_write() {
-            match self.connection.process_tls_records(rest).state {
+            match self.connection.process_tls_records(self.incoming.octets()).state {
                 Ok(ConnectionState::EncodeTlsData(mut message)) => {
                     if encode(&mut message, &mut self.outgoing).is_err() {
                         return;
@@ -200,10 +276,15 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         }
     }
 
-    /// Waits for more, of one record unless it is read `amply`: whether something came, or that no more will.
-    fn poll_read_more(&mut self, cx: &mut Context<'_>, amply: bool) -> Poll<io::Result<bool>> {
-        let mut room = Room::to_read();
-        let octets = &mut room.octets;
+    /// Waits for more, of one record unless it is read `amply`: whether something came, or that no more will. It goes `into` there
+    /// as far as there is room, else it is kept.
+    fn poll_read_more(
+        &mut self,
+        cx: &mut Context<'_>,
+        amply: bool,
+        mut into: Option<&mut ReadBuf<'_>>,
+    ) -> Poll<io::Result<bool>> {
+        let free = into.as_ref().map_or(0, |buf| buf.remaining());
         loop {
             if self.has_failed {
                 return Poll::Ready(Err(ErrorKind::NotConnected.into()));
@@ -211,46 +292,52 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
             if self.is_read_closed {
                 return Poll::Ready(Ok(false));
             }
-            // Whoever reads is who is there to send what is left.
-            let _ = self.poll_send(cx)?;
-            let have = self.incoming.len();
-            let Some((before, free)) = octets.split_at_mut_checked(have) else {
-                return Poll::Ready(Err(ErrorKind::InvalidData.into()));
-            };
-            before.copy_from_slice(&self.incoming);
-            // `incoming` stays what it is until what comes has been processed behind it.
-            let wanted = if amply { READ } else { of_one_record(&self.incoming) }.min(free.len());
-            let free = free.get_mut(..wanted).unwrap_or_default();
-            let mut buf = ReadBuf::new(free);
-            ready!(Pin::new(&mut self.io).poll_read(cx, &mut buf))?;
-            let came = buf.filled().len();
-            if came == 0 {
-                return Poll::Ready(Err(cut_off()));
+            if !self.has_records {
+                // Whoever reads is who is there to send what is left.
+                let _ = self.poll_send(cx)?;
+                let came = self.poll_records(cx, amply);
+                if !matches!(came, Poll::Ready(Ok(()))) {
+                    self.incoming.settle();
+                }
+                ready!(came)?;
             }
             let was_handshaking = self.connection.is_handshaking();
-            let filled = octets.get_mut(..have + came).unwrap_or_default();
-            let processed = self.process(filled);
-            let used = match processed {
-                Ok(used) => used,
-                Err(e) => {
-                    let _ = self.poll_send(cx)?;
-                    return Poll::Ready(Err(e));
-                }
-            };
-            let left = filled.get(used..).unwrap_or_default();
-            // In a place of its size.
-            self.incoming = BytesMut::from(left);
+            let processed = self.process(into.as_deref_mut());
+            if !self.has_records || processed.is_err() {
+                self.incoming.settle();
+            }
             let _ = self.poll_send(cx)?;
-            if !self.plain.is_empty() || was_handshaking {
+            processed?;
+            let has_come = into.as_ref().map_or(0, |buf| buf.remaining()) < free;
+            if has_come || !self.plain.is_empty() || was_handshaking {
                 return Poll::Ready(Ok(true));
             }
         }
     }
 
+    /// Waits for octets of records.
+    fn poll_records(&mut self, cx: &mut Context<'_>, amply: bool) -> Poll<io::Result<()>> {
+        let wanted = if amply { READ } else { of_one_record(self.incoming.octets()) };
+        let room = self.incoming.room();
+        let wanted = wanted.min(room.len());
+        if wanted == 0 {
+            return Poll::Ready(Err(ErrorKind::InvalidData.into()));
+        }
+        let mut buf = ReadBuf::new(room.get_mut(..wanted).unwrap_or_default());
+        ready!(Pin::new(&mut self.io).poll_read(cx, &mut buf))?;
+        let came = buf.filled().len();
+        if came == 0 {
+            return Poll::Ready(Err(cut_off()));
+        }
+        self.incoming.to += came;
+        self.has_records = true;
+        Poll::Ready(Ok(()))
+    }
+
     /// Waits until something is there to be taken. False: no more comes.
     fn poll_plain(&mut self, cx: &mut Context<'_>, amply: bool) -> Poll<io::Result<bool>> {
         while self.plain.is_empty() {
-            if !ready!(self.poll_read_more(cx, amply))? {
+            if !ready!(self.poll_read_more(cx, amply, None))? {
                 return Poll::Ready(Ok(false));
             }
         }
@@ -307,9 +394,16 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                 return Err(ErrorKind::NotConnected.into());
             }
             let free = room.get_mut(filled..).unwrap_or_default();
-            // Of the beginning of a record there is nothing to be processed, but rustls may know places in it.
-            let state = self.connection.process_tls_records(&mut self.incoming).state;
+            // Most often this is no more than the beginning of a record; but rustls may know places in it.
+            let UnbufferedStatus { mut discard, state } = self.connection.process_tls_records(self.incoming.octets());
             match state.inspect_err(|_| self.has_failed = true).map_err(bad)? {
+                ConnectionState::ReadTraffic(mut traffic) => {
+                    while let Some(record) = traffic.next_record() {
+                        let record = record.map_err(bad)?;
+                        discard += record.discard;
+                        self.plain.extend_from_slice(record.payload);
+                    }
+                }
                 ConnectionState::EncodeTlsData(mut message) => {
                     filled += message.encode(free).map_err(io::Error::other)?;
                 }
@@ -330,6 +424,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                 }
                 _ => return Err(ErrorKind::NotConnected.into()),
             }
+            self.incoming.advance(discard);
         }
     }
 
@@ -430,10 +525,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncBufRead for TlsStream<IO> {
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<IO> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let came = ready!(self.as_mut().poll_fill_buf(cx))?;
-        let octets = came.len().min(buf.remaining());
-        buf.put_slice(came.get(..octets).unwrap_or_default());
-        self.consume(octets);
+        if self.plain.is_empty() && buf.remaining() > 0 {
+            return self.get_mut().poll_read_more(cx, true, Some(buf)).map_ok(drop);
+        }
+        let octets = self.plain.len().min(buf.remaining());
+        buf.put_slice(self.plain.get(..octets).unwrap_or_default());
+        self.as_mut().consume(octets);
         Poll::Ready(Ok(()))
     }
 }
@@ -548,7 +645,7 @@ mod tests {
 
     /// What a connection that waits holds.
     fn held(server: &Server) -> usize {
-        [&server.incoming, &server.plain, &server.outgoing].iter().map(|buffer| buffer.capacity()).sum()
+        server.incoming.octets.len() + server.plain.capacity() + server.outgoing.capacity()
     }
 
     #[tokio::test]
@@ -644,6 +741,28 @@ mod tests {
                 assert_eq!((piece.len(), server.incoming.len()), (16 * 1024, 0));
             }
         }
+    }
+
+    #[tokio::test]
+    async fn what_there_is_no_room_for_is_decrypted_when_there_is() {
+        let side = side();
+        let (mut client, mut server) = side.connected(&side.client(&[]), 1 << 20).await;
+        let sent = octets(60_000);
+        client.write_all(&sent).await.unwrap();
+        client.flush().await.unwrap();
+        let mut came = vec![0; 20_000];
+        assert_eq!(server.read(&mut came).await.unwrap(), 20_000, "of two records");
+        assert!(server.incoming.len() > 16 * 1024, "{}", server.incoming.len());
+        assert_eq!(server.plain.len(), 2 * 16 * 1024 - 20_000);
+        // Whoever writes decrypts what is there.
+        server.write_all(b"between").await.unwrap();
+        server.flush().await.unwrap();
+        client.read_exact(&mut [0; 7]).await.unwrap();
+        let mut rest = vec![0; 40_000];
+        server.read_exact(&mut rest).await.unwrap();
+        assert!([came, rest].concat() == sent);
+        let waits = poll_fn(|cx| Poll::Ready(server.poll_plain(cx, true).is_pending())).await;
+        assert!(waits && held(&server) == 0);
     }
 
     #[tokio::test]
