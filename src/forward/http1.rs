@@ -6,7 +6,7 @@
 
 use super::{Error, Head, Source, Stop, Times};
 use crate::http1::{
-    Bad, Chunks, End, Framing, Outgoing, Taken, is_of_connection, length_of, name_and_value, options, put_field,
+    Bad, Chunks, End, Framing, Outgoing, Share, Taken, is_of_connection, length_of, name_and_value, options, put_field,
     put_length, split,
 };
 use bytes::{BufMut, Bytes, BytesMut};
@@ -394,7 +394,7 @@ impl Upload {
         let is_authority = !head.authority.is_empty() && head.authority.bytes().all(|octet| octet.is_ascii_graphic());
         let framing = if is_chunked { Framing::Chunked } else { Framing::Length(length) };
         Self {
-            outgoing: Outgoing::new(front, framing, is_done && !is_chunked && length == 0),
+            outgoing: Outgoing::new(front, framing, is_done && !is_chunked && length == 0, Share::of_requests),
             is_blocked: false,
             is_over: false,
             failure: None,
@@ -720,7 +720,6 @@ fn stopped(stop: Stop) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http1::Share;
     use crate::http1::{EXTENSIONS_MAX, JOINED, TRAILER_FIELDS_MAX, TRAILERS_MAX};
     use crate::problem::Refusal;
     use http::HeaderValue;
@@ -1086,7 +1085,7 @@ mod tests {
             (4, true, Some(1_000), true, None),
             (6, true, Some(PIECE + 7), true, None),
         ] {
-            let taken: Vec<_> = if is_ample { vec![] } else { std::iter::from_fn(Share::ample).collect() };
+            let taken: Vec<_> = if is_ample { vec![] } else { std::iter::from_fn(Share::of_requests).collect() };
             let script = Script { is_vectored: true, most, ..Script::default() };
             let length = is_said.then_some((count * PIECE) as u64);
             let (mut exchange, seen) = on(script, Method::POST, body(length, pieces(count)));

@@ -122,7 +122,8 @@ pub(super) async fn serve<R: Rules>(
     on_it: OnIt,
 ) -> Result<Response<Answer<R>>, Gone> {
     let ctx = rules.begin(&session);
-    let mut under_way = Box::new(UnderWay { rules, ctx, exchange: None, peer: None, went: 0, late: None, on_it });
+    let mut under_way =
+        Box::new(UnderWay { rules, ctx, exchange: None, peer: None, passes: false, went: 0, late: None, on_it });
     let UnderWay { rules, ctx, .. } = &mut *under_way;
     match rules.admit(&mut session, ctx).await {
         Ok(None) => forward(&mut session, under_way).await,
@@ -221,6 +222,7 @@ fn pass_on<R: Rules>(
         under_way.end();
         return Response::from_parts(head, Answer::over(under_way));
     }
+    under_way.passes = true;
     Response::from_parts(head, Answer::new(under_way, What::Passes { length }, session))
 }
 
@@ -272,6 +274,8 @@ struct UnderWay<R: Rules> {
     ctx: R::Ctx,
     exchange: Option<Exchange<Upload>>,
     peer: Option<Peer>,
+    /// What is answered is the other side's.
+    passes: bool,
     went: u64,
     /// When all of it has to be over, where that is said.
     late: Option<Pin<Box<Sleep>>>,
@@ -357,7 +361,13 @@ impl<R: Rules> Answer<R> {
         self.patience.unwrap_or_default()
     }
 
-    /// All of it has been given out. Over HTTP/2 its request is under way for as long as its client has no room for it.
+    /// Its client has had room for all of it (HTTP/2).
+    pub(super) fn is_sent(&mut self) {
+        self.what = What::Over;
+        self.under_way = None;
+    }
+
+    /// All of it has been given out. Over HTTP/2 its request is under way until [`Answer::is_sent`].
     fn is_over(&mut self) {
         self.what = What::Over;
         if self.patience.is_none() {
@@ -417,7 +427,8 @@ impl<R: Rules> Answer<R> {
 
 impl<R: Rules> Drop for Answer<R> {
     fn drop(&mut self) {
-        if let (What::Passes { .. }, Some(under_way)) = (&self.what, &mut self.under_way) {
+        // An answer of the gateway's own is what it is, taken or not.
+        if let Some(under_way) = self.under_way.as_mut().filter(|under_way| under_way.passes) {
             under_way.break_off(None);
         }
     }

@@ -144,7 +144,7 @@ impl Wire {
     fn poll_take(&mut self, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<Bytes>> {
         // What was taken before is with its node.
         self.ample = None;
-        let ample = Share::ample();
+        let ample = Share::of_requests();
         let came = ready!(self.stream.poll_take(cx, most, ample.is_some()))?;
         self.ample = ample.filter(|_| came.len() > RECORD);
         Poll::Ready(Ok(came))

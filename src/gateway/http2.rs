@@ -11,6 +11,7 @@ use super::stream::{Clock, Connection, End, Ends, OnIt};
 use crate::config::Http2;
 use crate::http1::{date, is_of_connection};
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use h2::server::{Builder, SendResponse};
 use h2::{Reason, SendStream};
@@ -20,19 +21,20 @@ use pingora_core::server::ShutdownWatch;
 use prometheus::IntCounter;
 use std::future::poll_fn;
 use std::io;
+use std::panic::AssertUnwindSafe;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Octets of a body that may be on their way on a stream, and on a connection: what may have to be held of them. A connection has
-/// as much as it takes for 64 MB/s at its round-trip time, within these.
+/// Octets of a body that may be on their way on a stream, and on a connection: what may have to be held of them. Room is given back
+/// when octets have gone on, so that uploads whose nodes stand still take room of those beside them: there is some for eight.
 const STREAM_WINDOW: u32 = 64 * 1024;
-const CONNECTION_WINDOW: (u32, u32) = (64 * 1024, 512 * 1024);
+const CONNECTION_WINDOW: u32 = 8 * STREAM_WINDOW;
 
 /// Octets of a DATA frame at most. Whoever sends as many has them read as one.
-const FRAME: u32 = 64 * 1024;
+const FRAME: u32 = 32 * 1024;
 
 /// Pieces of an answer that one poll takes, so that a fast node leaves time for others.
 const PIECES_AT_ONCE: usize = 32;
@@ -57,12 +59,14 @@ pub(super) async fn serve<R: Rules, T: AsyncRead + AsyncWrite + Unpin + Send + '
     h2.max_concurrent_streams(settings.max_streams)
         .max_header_list_size(settings.max_header_list)
         .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(connection_window(connection.round_trip))
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME);
     let begin = |request: Request<h2::RecvStream>, respond: SendResponse<Bytes>| {
         let (head, body) = request.into_parts();
         let session = Session::new(head, Rest::of(body), connection.clone());
-        answer(rules.clone(), session, connection.begin(), respond)
+        let answer = AssertUnwindSafe(answer(rules.clone(), session, connection.begin(), respond));
+        // What would end one request does not end those beside it.
+        answer.catch_unwind().map(drop)
     };
     let mut ends = Ends::of(&connection);
     let mut idle = pin!(is_idle_for(&connection, keepalive));
@@ -105,11 +109,12 @@ pub(super) async fn serve<R: Rules, T: AsyncRead + AsyncWrite + Unpin + Send + '
     };
     tokio::select! {
         biased;
-        () = poll_fn(|cx| serve(cx, false)) => return None,
+        // Whoever keeps all busy hears it too.
+        () = told => {}
         end = poll_fn(|cx| ends.poll(cx)) => if end == End::Cut {
             return Some(end);
         },
-        () = told => {}
+        () = poll_fn(|cx| serve(cx, false)) => return None,
         () = idle => {}
     }
     // Whoever does not acknowledge that it was told is not waited for, once nothing is under way.
@@ -185,8 +190,10 @@ async fn send<R: Rules>(mut body: Answer<R>, mut stream: SendStream<Bytes>) {
                 match frame.map(|frame| frame.map(hyper::body::Frame::into_data)) {
                     Some(Ok(Ok(data))) => piece = data,
                     Some(Ok(Err(trailers))) => {
-                        if let Ok(trailers) = trailers.into_trailers() {
-                            let _ = stream.send_trailers(trailers);
+                        if let Ok(trailers) = trailers.into_trailers()
+                            && stream.send_trailers(trailers).is_ok()
+                        {
+                            body.is_sent();
                         }
                         return Poll::Ready(());
                     }
@@ -195,7 +202,9 @@ async fn send<R: Rules>(mut body: Answer<R>, mut stream: SendStream<Bytes>) {
                         return Poll::Ready(());
                     }
                     None => {
-                        let _ = stream.send_data(Bytes::new(), true);
+                        if stream.send_data(Bytes::new(), true).is_ok() {
+                            body.is_sent();
+                        }
                         return Poll::Ready(());
                     }
                 }
@@ -222,10 +231,17 @@ async fn send<R: Rules>(mut body: Answer<R>, mut stream: SendStream<Bytes>) {
                     continue;
                 }
             }
-            clock.stop();
             let now = piece.split_to(room.min(piece.len()));
+            if piece.is_empty() {
+                // Not before: whoever has room for an octet at a time would never be late.
+                clock.stop();
+            }
             let is_last = piece.is_empty() && body.is_end_stream();
-            if stream.send_data(now, is_last).is_err() || is_last {
+            if stream.send_data(now, is_last).is_err() {
+                return Poll::Ready(());
+            }
+            if is_last {
+                body.is_sent();
                 return Poll::Ready(());
             }
             turns -= 1;
@@ -236,13 +252,6 @@ async fn send<R: Rules>(mut body: Answer<R>, mut stream: SendStream<Bytes>) {
         }
     })
     .await;
-}
-
-/// The window of a connection of which a round trip takes so long, or nobody knows how long.
-fn connection_window(round_trip: Option<Duration>) -> u32 {
-    let (least, most) = CONNECTION_WINDOW;
-    let octets = round_trip.map_or(u128::from(most), |time| time.as_micros() * 64);
-    u32::try_from(octets).unwrap_or(most).clamp(least, most)
 }
 
 /// Ends once no request has been under way, and no answer waited for its client, for so long, or for half as long again.
@@ -380,21 +389,5 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Stream<T> {
         let Some(inner) = this.inner.as_mut() else { return Poll::Ready(Ok(())) };
         let shut = Pin::new(inner).poll_shutdown(cx);
         this.timed(cx, shut)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_window_is_for_its_round_trip() {
-        let window = |micros| connection_window(Some(Duration::from_micros(micros)));
-        assert_eq!(
-            [0, 80, 1024, 2048, 8192, 100_000].map(window).map(|octets| octets / 1024),
-            [64, 64, 64, 128, 512, 512]
-        );
-        assert_eq!(connection_window(Some(Duration::MAX)), 512 * 1024);
-        assert_eq!(connection_window(None), 512 * 1024);
     }
 }

@@ -32,8 +32,6 @@ pub(super) struct Connection {
     pub(super) identity: Option<PeerIdentity>,
     /// HTTP/2 by ALPN.
     pub(super) h2: bool,
-    /// What a round trip took at its beginning, over HTTP/2, and where it is the client that is at the other end.
-    pub(super) round_trip: Option<Duration>,
     /// The listener it came in at.
     pub(super) listener: SocketAddr,
     /// Its certificate, and those that it is said to chain by.
@@ -139,7 +137,6 @@ impl Connection {
         connection.sni = stream.server_name().map(str::to_owned);
         connection.identity = chain.first().map(tls::identity);
         connection.h2 = session.alpn_protocol() == Some(b"h2");
-        connection.round_trip = connection.h2.then(|| round_trip(stream.io(), client)).flatten();
         connection.trust = of.trust;
         connection.until = chain.first().and_then(tls::not_after);
         connection.chain = chain;
@@ -156,7 +153,6 @@ impl Connection {
             sni: None,
             identity: None,
             h2: false,
-            round_trip: None,
             listener,
             trust: None,
             until: None,
@@ -229,13 +225,6 @@ impl Connection {
     pub(super) fn lingers(&self) -> bool {
         self.linger.load(Ordering::Relaxed)
     }
-}
-
-/// What the kernel knows of a connection to this client: not of one that a load balancer has made for it.
-fn round_trip(stream: &Stream, client: SocketAddr) -> Option<Duration> {
-    let socket = stream.get_socket_digest().filter(|_| client_of(stream) == Some(client))?;
-    let info = socket.tcp_info().filter(|info| info.tcpi_rtt > 0)?;
-    Some(Duration::from_micros(info.tcpi_rtt.into()))
 }
 
 /// Who is at the other end of a connection.

@@ -10,7 +10,7 @@ mod request;
 mod share;
 
 pub use chunks::{Chunks, EXTENSIONS_MAX, TRAILER_FIELDS_MAX, TRAILERS_MAX, Taken};
-pub use outgoing::{Framing, JOINED, Outgoing, put_field, put_length};
+pub use outgoing::{Framing, JOINED, Outgoing, Shares, put_field, put_length};
 pub use request::{Answer, FIELDS_MAX, HEAD_MAX, Request, date};
 pub use share::Share;
 

@@ -25,6 +25,9 @@ const PIECES: usize = 6;
 /// The last chunk, without trailers.
 const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 
+/// Where a [`Share`] is from: those of requests, or of answers.
+pub type Shares = fn() -> Option<Share>;
+
 /// How a body is framed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Framing {
@@ -43,8 +46,9 @@ pub struct Outgoing {
     piece: Bytes,
     /// Further pieces, of a body whose length is known.
     more: SmallVec<[Bytes; 1]>,
-    /// For these, where they are many.
+    /// For these, where they are many, and where it is from.
     ample: Option<Share>,
+    shares: Shares,
     back: &'static [u8],
     framing: Framing,
     /// Nothing is written yet.
@@ -65,12 +69,13 @@ impl Outgoing {
     }
 
     /// A message with this head, and a body that follows unless it `is_ended`.
-    pub fn new(head: BytesMut, framing: Framing, is_ended: bool) -> Self {
+    pub fn new(head: BytesMut, framing: Framing, is_ended: bool, shares: Shares) -> Self {
         Self {
             front: head,
             piece: Bytes::new(),
             more: SmallVec::new(),
             ample: None,
+            shares,
             back: b"",
             framing,
             is_untouched: true,
@@ -100,7 +105,7 @@ impl Outgoing {
             return false;
         }
         if rest.saturating_add(queued) > GATHERED && self.ample.is_none() {
-            self.ample = Share::ample();
+            self.ample = (self.shares)();
             return self.ample.is_some();
         }
         true
@@ -180,6 +185,10 @@ impl Outgoing {
         cx: &mut Context<'_>,
         stream: &mut W,
     ) -> Poll<io::Result<()>> {
+        if self.more.is_empty() {
+            // No other piece was there.
+            self.ample = None;
+        }
         loop {
             let Some(written) = ready!(self.poll_write_once(cx, Pin::new(&mut *stream)))? else {
                 return Poll::Ready(Ok(()));

@@ -1,7 +1,7 @@
 //! The head of a request as it comes in, and that of its answer as it goes out.
 
 use super::outgoing::{Framing, Outgoing, put_field, put_length};
-use super::{Bad, End, is_of_connection, length_of, name_and_value, options};
+use super::{Bad, End, Share, is_of_connection, length_of, name_and_value, options};
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, Uri, Version, header, response};
@@ -186,7 +186,7 @@ impl Answer {
         }
         front.put_slice(b"\r\n");
         let is_ended = is_bodyless || framing == Framing::Length(0);
-        Self { outgoing: Outgoing::new(front, framing, is_ended), is_bodyless, closes }
+        Self { outgoing: Outgoing::new(front, framing, is_ended, Share::of_answers), is_bodyless, closes }
     }
 }
 

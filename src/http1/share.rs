@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Octets of one body that are in hand at once where that is fewer calls to the kernel.
 const AMPLE: usize = 64 * 1024;
 
-/// Octets of all bodies that may be in hand so.
+/// Octets of all requests' bodies that may be in hand so, and of all answers'.
 const MOST_AMPLE: usize = 256 * 1024;
 
 /// Those that are now.
-static AMPLY_HELD: AtomicUsize = AtomicUsize::new(0);
+static OF_REQUESTS: AtomicUsize = AtomicUsize::new(0);
+static OF_ANSWERS: AtomicUsize = AtomicUsize::new(0);
 
 /// A part of what there may be of something at once, until it is dropped.
 #[derive(Debug)]
@@ -25,9 +26,14 @@ impl Share {
         of.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self { of, by })
     }
 
-    /// Room for 64 KiB of a body, for as long as these are moved: others have a record, or a piece, at a time.
-    pub fn ample() -> Option<Self> {
-        Self::new(&AMPLY_HELD, AMPLE, MOST_AMPLE)
+    /// Room for 64 KiB of a request's body, for as long as these are moved: others have a record, or a piece, at a time.
+    pub fn of_requests() -> Option<Self> {
+        Self::new(&OF_REQUESTS, AMPLE, MOST_AMPLE)
+    }
+
+    /// The same, of an answer's: whoever does not read theirs takes nothing from requests.
+    pub fn of_answers() -> Option<Self> {
+        Self::new(&OF_ANSWERS, AMPLE, MOST_AMPLE)
     }
 }
 

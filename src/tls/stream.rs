@@ -188,11 +188,6 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         self.server_name.as_deref()
     }
 
-    /// What it goes over.
-    pub fn io(&self) -> &IO {
-        &self.io
-    }
-
     /// What was negotiated, and who is there.
     pub fn session(&self) -> &rustls::CommonState {
         &self.connection
@@ -287,6 +282,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         let free = into.as_ref().map_or(0, |buf| buf.remaining());
         loop {
             if self.has_failed {
+                let _ = self.poll_send(cx)?;
                 return Poll::Ready(Err(ErrorKind::NotConnected.into()));
             }
             if self.is_read_closed {
@@ -396,7 +392,16 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
             let free = room.get_mut(filled..).unwrap_or_default();
             // Most often this is no more than the beginning of a record; but rustls may know places in it.
             let UnbufferedStatus { mut discard, state } = self.connection.process_tls_records(self.incoming.octets());
-            match state.inspect_err(|_| self.has_failed = true).map_err(bad)? {
+            let state = match state {
+                Ok(state) => state,
+                Err(e) => {
+                    self.has_failed = true;
+                    self.incoming.advance(discard);
+                    self.take_alert();
+                    return Err(bad(e));
+                }
+            };
+            match state {
                 ConnectionState::ReadTraffic(mut traffic) => {
                     while let Some(record) = traffic.next_record() {
                         let record = record.map_err(bad)?;
@@ -410,6 +415,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                 ConnectionState::TransmitTlsData(transmit) => transmit.done(),
                 ConnectionState::PeerClosed => self.is_read_closed = true,
                 ConnectionState::WriteTraffic(mut traffic) => {
+                    // One that says nothing to us may have come before: a change of keys.
+                    self.incoming.advance(discard);
                     let encrypted = if self.is_write_closed {
                         traffic.queue_close_notify(free)
                     } else {
@@ -748,7 +755,9 @@ mod tests {
         let side = side();
         let (mut client, mut server) = side.connected(&side.client(&[]), 1 << 20).await;
         let sent = octets(60_000);
-        client.write_all(&sent).await.unwrap();
+        client.write_all(&sent[..50_000]).await.unwrap();
+        // It is the last that the writer finds.
+        client.get_mut().1.refresh_traffic_keys().unwrap();
         client.flush().await.unwrap();
         let mut came = vec![0; 20_000];
         assert_eq!(server.read(&mut came).await.unwrap(), 20_000, "of two records");
@@ -758,6 +767,8 @@ mod tests {
         server.write_all(b"between").await.unwrap();
         server.flush().await.unwrap();
         client.read_exact(&mut [0; 7]).await.unwrap();
+        client.write_all(&sent[50_000..]).await.unwrap();
+        client.flush().await.unwrap();
         let mut rest = vec![0; 40_000];
         server.read_exact(&mut rest).await.unwrap();
         assert!([came, rest].concat() == sent);

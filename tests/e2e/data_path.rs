@@ -430,9 +430,16 @@ async fn is_answered_an_octet(client: &SendRequest<Bytes>) {
 
 #[tokio::test]
 async fn a_window_that_is_never_opened_ends_its_own_stream() {
+    // One comes from the node in several pieces, and one is there at once.
+    for answer in [40_000, 10_000] {
+        a_window_is_never_opened(answer).await;
+    }
+}
+
+async fn a_window_is_never_opened(answer: usize) {
     let ds = Ds::start().await;
     let gateway = Gateway::start(Setup::of(&ds)).await;
-    ds.set_response(200, &[], octets(40_000));
+    ds.set_response(200, &[], octets(answer));
     let client = h2_over(connect(&gateway, "h2").await, 1).await;
     let began = Instant::now();
     let large = in_time(ask(&client, send_message()).await).await.unwrap();
@@ -457,6 +464,27 @@ async fn a_window_that_is_never_opened_ends_its_own_stream() {
     let lines = gateway.access_log(3).await;
     let decisions: Vec<&str> = lines.iter().map(|line| line["decision"].as_str().unwrap()).collect();
     assert_eq!(decisions, ["forwarded", "aborted", "forwarded"]);
+}
+
+#[tokio::test]
+async fn a_window_that_is_opened_by_an_octet_at_a_time_is_not_waited_for_without_end() {
+    let ds = Ds::start().await;
+    let gateway = Gateway::start(Setup::of(&ds)).await;
+    ds.set_response(200, &[], octets(10_000));
+    let client = h2_over(connect(&gateway, "h2").await, 1).await;
+    let began = Instant::now();
+    let mut body = in_time(ask(&client, send_message()).await).await.unwrap().into_body();
+    let end = loop {
+        match in_time(body.data()).await {
+            Some(Ok(octet)) => body.flow_control().release_capacity(octet.len()).unwrap(),
+            end => break end,
+        }
+        pause(100).await;
+        assert!(began.elapsed() < Duration::from_secs(6), "it is held as long as its client likes");
+    };
+    assert!(matches!(&end, Some(Err(e)) if e.is_reset() && e.is_remote()), "{end:?}");
+    gateway.until_metric(IN_FLIGHT, |n| n == 0.0).await;
+    assert_eq!(gateway.access_log(1).await[0]["decision"], "aborted");
 }
 
 #[tokio::test]

@@ -1058,10 +1058,10 @@ async fn what_is_held_is_let_go_with_its_client() {
 async fn more_than_may_be_held_of_a_body_is_too_large() {
     let ds = Ds::start().await;
     ds.set_response(200, &[], "");
-    // Longer than what is read at once, or what is over it would be there already.
+    // Longer than a read, or what is over it would be there already.
     for (table, fits, does_not) in [
-        ("", 45_000, 80_000),
-        ("[endpoints.submitMessage]\nmax_held = \"32KiB\"\n", 30_000, 80_000),
+        ("", 45_000, 60_000),
+        ("[endpoints.submitMessage]\nmax_held = \"32KiB\"\n", 30_000, 45_000),
         ("[endpoints.submitMessage]\nmax_body = \"40KiB\"\n", 39_000, 42_000),
     ] {
         let gateway = Gateway::start(required(&ds).with(table)).await;
