@@ -1,6 +1,6 @@
-//! The one room that knows Pingora and hyper: connections, requests on them, and the steps in their order; nothing is decided
+//! The one room that knows Pingora: connections, requests on them, and the steps in their order; nothing is decided
 //! here. Pingora listens, hands sockets on to a successor and stops ([`start`], [`threads`], [`upgrade`]); HTTP with
-//! those who come in is our own ([`http1`]) and hyper's ([`http2`]).
+//! those who come in is our own ([`http1`]) and h2's ([`http2`]).
 //!
 //! [`Gateway`] is what is done with other providers' requests. `admit` is the way in: route, host, peek, identify, admit. What it
 //! lets pass goes to a node that `peer` chooses, with the fields that `head` sets; it is accounted for when it is dropped. A
