@@ -17,8 +17,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
 
-/// What a record of 16 KiB takes that is not padded (RFC 8446 §5.2): whoever has much to send sends these.
-const FULL_RECORD: usize = 5 + 16 * 1024 + 17;
+/// What a record has around what it says, if it is not padded (RFC 8446 §5.2): its head, its type, and a tag.
+const AROUND: usize = 5 + 1 + 16;
+
+/// What a record of 16 KiB takes: whoever has much to send sends these.
+const FULL_RECORD: usize = 16 * 1024 + AROUND;
 
 /// What is read at once at most, with a record that was left behind.
 pub const READ: usize = 64 * 1024;
@@ -203,8 +206,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
             match state {
                 Ok(ConnectionState::ReadTraffic(mut traffic)) => {
                     if into.is_none() && self.plain.capacity() == self.plain.len() {
-                        // No more comes out than went in.
-                        self.plain.reserve(left);
+                        // No more comes out than went in, and less by what each record has around it.
+                        self.plain.reserve(left.saturating_sub(AROUND));
                     }
                     while let Some(record) = traffic.next_record() {
                         let record = record.map_err(bad)?;
