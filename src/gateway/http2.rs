@@ -72,22 +72,13 @@ pub(super) async fn serve<R: Rules, T: AsyncRead + AsyncWrite + Unpin + Send + '
     let mut idle = pin!(is_idle_for(&connection, keepalive));
     let mut told = pin!(told(&mut shutdown));
     let mut handshake = h2.handshake(stream);
-    let mut serving = loop {
-        tokio::select! {
-            biased;
-            serving = &mut handshake => match serving {
-                Ok(serving) => break serving,
-                Err(_) => return None,
-            },
-            end = poll_fn(|cx| ends.poll(cx)) => if end == End::Cut {
-                return Some(end);
-            } else {
-                // Nothing is under way on it.
-                return None;
-            },
-            () = told.as_mut() => return None,
-            () = idle.as_mut() => return None,
-        }
+    let mut serving = tokio::select! {
+        biased;
+        serving = &mut handshake => serving.ok()?,
+        // Nothing is under way on it.
+        end = poll_fn(|cx| ends.poll(cx)) => return Some(end).filter(|end| *end == End::Cut),
+        () = told.as_mut() => return None,
+        () = idle.as_mut() => return None,
     };
     drop(handshake);
     let mut under_way = FuturesUnordered::new();
