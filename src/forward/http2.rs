@@ -544,18 +544,11 @@ impl<S: Source> Exchange<S> {
                     continue;
                 }
             }
-            let mut room = stream.capacity();
-            if room == 0 {
-                stream.reserve_capacity(chunk.len());
-                match stream.poll_capacity(cx) {
-                    Poll::Ready(Some(Ok(granted))) => room = granted,
-                    Poll::Ready(Some(Err(_)) | None) => return Ok(Moved::Done),
-                    Poll::Pending => return Ok(Moved::Window),
-                }
-                if room == 0 {
-                    continue;
-                }
-            }
+            let room = match poll_room(stream, cx, chunk.len()) {
+                Poll::Ready(Some(room)) => room,
+                Poll::Ready(None) => return Ok(Moved::Done),
+                Poll::Pending => return Ok(Moved::Window),
+            };
             let piece = chunk.split_to(room.min(chunk.len()));
             let last = chunk.is_empty() && self.source.is_done();
             self.clock.write = None;
@@ -566,6 +559,19 @@ impl<S: Source> Exchange<S> {
         cx.waker().wake_by_ref();
         Ok(Moved::Source)
     }
+}
+
+/// Waits for room on a stream for some of a piece: for how many octets. None: it is reset, or its connection is gone.
+pub(crate) fn poll_room(stream: &mut SendStream<Bytes>, cx: &mut Context<'_>, piece: usize) -> Poll<Option<usize>> {
+    let mut room = stream.capacity();
+    while room == 0 {
+        stream.reserve_capacity(piece);
+        match ready!(stream.poll_capacity(cx)) {
+            Some(Ok(granted)) => room = granted,
+            Some(Err(_)) | None => return Poll::Ready(None),
+        }
+    }
+    Poll::Ready(Some(room))
 }
 
 /// The head of a request of HTTP/2.

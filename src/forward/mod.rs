@@ -11,6 +11,7 @@ mod http2;
 mod pool;
 
 pub use connect::Tls;
+pub(crate) use http2::poll_room;
 pub use pool::{Clients, Link};
 
 use crate::problem::Refusal;

@@ -21,6 +21,9 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 use tokio::time::Sleep;
 
+/// Pieces of an answer that one poll of whoever writes it takes, so that a fast node leaves time for others.
+pub(super) const PIECES_AT_ONCE: usize = 32;
+
 /// Places that are tried at most.
 const MOST_TRIES: usize = 17;
 
@@ -122,8 +125,7 @@ pub(super) async fn serve<R: Rules>(
     on_it: OnIt,
 ) -> Result<Response<Answer<R>>, Gone> {
     let ctx = rules.begin(&session);
-    let mut under_way =
-        Box::new(UnderWay { rules, ctx, exchange: None, peer: None, passes: false, went: 0, late: None, on_it });
+    let mut under_way = Box::new(UnderWay { rules, ctx, exchange: None, peer: None, went: 0, late: None, on_it });
     let UnderWay { rules, ctx, .. } = &mut *under_way;
     match rules.admit(&mut session, ctx).await {
         Ok(None) => forward(&mut session, under_way).await,
@@ -167,8 +169,7 @@ async fn forward<R: Rules>(
         let body_was_in = exchange.source().is_done();
         match answered {
             Ok(answer) => {
-                under_way.peer = Some(peer);
-                return Ok(pass_on(session, under_way, answer, body_was_in));
+                return Ok(pass_on(session, under_way, peer, answer, body_was_in));
             }
             Err(e) => {
                 let Some(exchange) = under_way.exchange.take() else { break };
@@ -199,14 +200,16 @@ fn is_late(late: &mut Option<Pin<Box<Sleep>>>, cx: &mut Context<'_>) -> bool {
 fn pass_on<R: Rules>(
     session: &mut Session,
     mut under_way: Box<UnderWay<R>>,
+    peer: Peer,
     mut head: response::Parts,
     body_is_in: bool,
 ) -> Response<Answer<R>> {
-    let UnderWay { rules, ctx, .. } = &mut *under_way;
+    let UnderWay { rules, ctx, peer: whose, .. } = &mut *under_way;
     if let Err(refusal) = rules.answered(&mut head, ctx) {
         under_way.exchange = None;
         return refuse(session, under_way, &refusal);
     }
+    *whose = Some(peer);
     ctx.status(head.status);
     // A node of HTTP/1.0 is this gateway's own business.
     head.version = Version::HTTP_11;
@@ -222,7 +225,6 @@ fn pass_on<R: Rules>(
         under_way.end();
         return Response::from_parts(head, Answer::over(under_way));
     }
-    under_way.passes = true;
     Response::from_parts(head, Answer::new(under_way, What::Passes { length }, session))
 }
 
@@ -273,9 +275,8 @@ struct UnderWay<R: Rules> {
     rules: Arc<R>,
     ctx: R::Ctx,
     exchange: Option<Exchange<Upload>>,
+    /// Whose answer passes.
     peer: Option<Peer>,
-    /// What is answered is the other side's.
-    passes: bool,
     went: u64,
     /// When all of it has to be over, where that is said.
     late: Option<Pin<Box<Sleep>>>,
@@ -363,7 +364,6 @@ impl<R: Rules> Answer<R> {
 
     /// Its client has had room for all of it (HTTP/2).
     pub(super) fn is_sent(&mut self) {
-        self.what = What::Over;
         self.under_way = None;
     }
 
@@ -428,7 +428,7 @@ impl<R: Rules> Answer<R> {
 impl<R: Rules> Drop for Answer<R> {
     fn drop(&mut self) {
         // An answer of the gateway's own is what it is, taken or not.
-        if let Some(under_way) = self.under_way.as_mut().filter(|under_way| under_way.passes) {
+        if let Some(under_way) = self.under_way.as_mut().filter(|under_way| under_way.peer.is_some()) {
             under_way.break_off(None);
         }
     }

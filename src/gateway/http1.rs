@@ -7,7 +7,7 @@
 //! destroys the answer on its way.
 
 use super::answer;
-use super::exchange::{self, Answer as AnswerBody, Rules};
+use super::exchange::{self, Answer as AnswerBody, PIECES_AT_ONCE, Rules};
 use super::session::{Rest, Session};
 use super::stream::{Clock, Connection};
 use crate::forward::Stop;
@@ -33,9 +33,6 @@ const RECORD: usize = 16 * 1024;
 
 /// Octets of a body that nobody wants that are passed over, so that the next request can follow.
 const SKIPPED: u64 = 16 * 1024;
-
-/// Pieces of an answer that one poll takes, so that a fast node leaves time for others.
-const PIECES_AT_ONCE: usize = 32;
 
 /// How long, and how long between two reads, an answered connection is read on.
 const LINGER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));

@@ -4,11 +4,12 @@
 //! yet to begin, or does not read, and answers frames by itself that nobody else sees. The [`Stream`] it reads mends the first two
 //! with clocks, and counts frames; how long an answer waits for its client to have room for it is bounded here.
 
-use super::exchange::{self, Answer, Rules};
+use super::exchange::{self, Answer, PIECES_AT_ONCE, Rules};
 use super::frames::Frames;
 use super::session::{Rest, Session};
 use super::stream::{Clock, Connection, End, Ends, OnIt};
 use crate::config::Http2;
+use crate::forward::poll_room;
 use crate::http1::{date, is_of_connection};
 use bytes::Bytes;
 use futures_util::FutureExt as _;
@@ -16,7 +17,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use h2::server::{Builder, SendResponse};
 use h2::{Reason, SendStream};
 use http::{HeaderName, Request, Response, header, response};
-use hyper::body::Body as _;
+use hyper::body::{Body as _, Frame};
 use pingora_core::server::ShutdownWatch;
 use prometheus::IntCounter;
 use std::future::poll_fn;
@@ -35,9 +36,6 @@ const CONNECTION_WINDOW: u32 = 8 * STREAM_WINDOW;
 
 /// Octets of a DATA frame at most. Whoever sends as many has them read as one.
 const FRAME: u32 = 32 * 1024;
-
-/// Pieces of an answer that one poll takes, so that a fast node leaves time for others.
-const PIECES_AT_ONCE: usize = 32;
 
 /// How long a client may take to hear that its connection ends.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -169,80 +167,61 @@ async fn send<R: Rules>(mut body: Answer<R>, mut stream: SendStream<Bytes>) {
     let (patience, until) = (body.patience(), body.until());
     let mut clock = Clock::default();
     let mut piece = Bytes::new();
-    let mut turns = 0;
-    poll_fn(|cx| {
-        turns = PIECES_AT_ONCE;
-        loop {
+    let is_sent = poll_fn(|cx| {
+        for _ in 0..PIECES_AT_ONCE {
             if piece.is_empty() {
                 let frame = match Pin::new(&mut body).poll_frame(cx) {
                     Poll::Ready(frame) => frame,
-                    Poll::Pending => return stream.poll_reset(cx).map(drop),
+                    Poll::Pending => return stream.poll_reset(cx).map(|_| false),
                 };
-                match frame.map(|frame| frame.map(hyper::body::Frame::into_data)) {
+                match frame.map(|frame| frame.map(Frame::into_data)) {
                     Some(Ok(Ok(data))) => piece = data,
                     Some(Ok(Err(trailers))) => {
-                        if let Ok(trailers) = trailers.into_trailers()
-                            && stream.send_trailers(trailers).is_ok()
-                        {
-                            body.is_sent();
-                        }
-                        return Poll::Ready(());
+                        let trailers = trailers.into_trailers().unwrap_or_default();
+                        return Poll::Ready(stream.send_trailers(trailers).is_ok());
                     }
                     Some(Err(_)) => {
                         stream.send_reset(Reason::INTERNAL_ERROR);
-                        return Poll::Ready(());
+                        return Poll::Ready(false);
                     }
-                    None => {
-                        if stream.send_data(Bytes::new(), true).is_ok() {
-                            body.is_sent();
-                        }
-                        return Poll::Ready(());
-                    }
-                }
-                if piece.is_empty() && !body.is_end_stream() {
-                    continue;
+                    None => return Poll::Ready(stream.send_data(Bytes::new(), true).is_ok()),
                 }
             }
-            let mut room = stream.capacity();
-            if room == 0 && !piece.is_empty() {
-                stream.reserve_capacity(piece.len());
-                room = match stream.poll_capacity(cx) {
-                    Poll::Ready(Some(Ok(room))) => room,
+            let room = match piece.len() {
+                0 => 0,
+                octets => match poll_room(&mut stream, cx, octets) {
+                    Poll::Ready(Some(room)) => room,
                     // It is reset, or its connection is gone.
-                    Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(()),
+                    Poll::Ready(None) => return Poll::Ready(false),
                     Poll::Pending => {
                         if !clock.is_set() {
                             let patient = Instant::now() + patience;
                             clock.set(until.map_or(patient, |until| until.min(patient)));
                         }
-                        return clock.poll(cx);
+                        return clock.poll(cx).map(|()| false);
                     }
-                };
-                if room == 0 {
-                    continue;
-                }
-            }
+                },
+            };
             let now = piece.split_to(room.min(piece.len()));
             if piece.is_empty() {
                 // Not before: whoever has room for an octet at a time would never be late.
                 clock.stop();
             }
             let is_last = piece.is_empty() && body.is_end_stream();
-            if stream.send_data(now, is_last).is_err() {
-                return Poll::Ready(());
+            if now.is_empty() && !is_last {
+                continue;
             }
-            if is_last {
-                body.is_sent();
-                return Poll::Ready(());
-            }
-            turns -= 1;
-            if turns == 0 {
-                cx.waker().wake_by_ref();
-                return Poll::Pending;
+            let is_taken = stream.send_data(now, is_last).is_ok();
+            if is_last || !is_taken {
+                return Poll::Ready(is_taken);
             }
         }
-    })
-    .await;
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    });
+    if is_sent.await {
+        body.is_sent();
+    }
 }
 
 /// Ends once no request has been under way, and no answer waited for its client, for so long, or for half as long again.

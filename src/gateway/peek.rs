@@ -18,9 +18,6 @@ use std::future::poll_fn;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-/// Octets that are held in a place of their size.
-const SMALL: usize = 4 * 1024;
-
 /// What has come of a body. Most often one read is all, and it is not copied.
 #[derive(Debug)]
 pub(super) struct Held {
@@ -61,8 +58,7 @@ impl Held {
     fn push(&mut self, chunk: Bytes) {
         self.gauge.add(as_count(chunk.len()));
         if self.first.is_empty() {
-            // A little of what was read at once would keep all of that.
-            self.first = if chunk.len() < SMALL { Bytes::copy_from_slice(&chunk) } else { chunk };
+            self.first = chunk;
         } else {
             if self.more.is_empty() {
                 self.more.extend_from_slice(&self.first);

@@ -284,16 +284,15 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
     ) -> Poll<io::Result<bool>> {
         let free = into.as_ref().map_or(0, |buf| buf.remaining());
         loop {
-            if self.has_failed {
-                let _ = self.poll_send(cx)?;
-                return Poll::Ready(Err(ErrorKind::NotConnected.into()));
-            }
-            if self.is_read_closed {
+            if self.is_read_closed && !self.has_failed {
                 return Poll::Ready(Ok(false));
             }
+            // Whoever reads is who is there to send what is left.
+            let _ = self.poll_send(cx)?;
+            if self.has_failed {
+                return Poll::Ready(Err(ErrorKind::NotConnected.into()));
+            }
             if !self.has_records {
-                // Whoever reads is who is there to send what is left.
-                let _ = self.poll_send(cx)?;
                 let came = self.poll_records(cx, amply);
                 if !matches!(came, Poll::Ready(Ok(()))) {
                     self.incoming.settle();
@@ -393,33 +392,15 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                 return Err(ErrorKind::NotConnected.into());
             }
             let free = room.get_mut(filled..).unwrap_or_default();
-            // Most often this is no more than the beginning of a record; but rustls may know places in it.
-            let UnbufferedStatus { mut discard, state } = self.connection.process_tls_records(self.incoming.octets());
-            let state = match state {
-                Ok(state) => state,
-                Err(e) => {
-                    self.has_failed = true;
-                    self.incoming.advance(discard);
-                    self.take_alert();
-                    return Err(bad(e));
-                }
-            };
-            match state {
-                ConnectionState::ReadTraffic(mut traffic) => {
-                    while let Some(record) = traffic.next_record() {
-                        let record = record.map_err(bad)?;
-                        discard += record.discard;
-                        self.plain.extend_from_slice(record.payload);
-                    }
-                }
+            // Of the beginning of a record there is nothing to be processed, but rustls may know places in it.
+            let state = self.connection.process_tls_records(self.incoming.octets()).state;
+            match state.inspect_err(|_| self.has_failed = true).map_err(bad)? {
                 ConnectionState::EncodeTlsData(mut message) => {
                     filled += message.encode(free).map_err(io::Error::other)?;
                 }
                 ConnectionState::TransmitTlsData(transmit) => transmit.done(),
                 ConnectionState::PeerClosed => self.is_read_closed = true,
                 ConnectionState::WriteTraffic(mut traffic) => {
-                    // One that says nothing to us may have come before: a change of keys.
-                    self.incoming.advance(discard);
                     let encrypted = if self.is_write_closed {
                         traffic.queue_close_notify(free)
                     } else {
@@ -434,8 +415,17 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                 }
                 _ => return Err(ErrorKind::NotConnected.into()),
             }
-            self.incoming.advance(discard);
         }
+    }
+
+    /// Processes what has come and whoever reads had no room for: nothing is encrypted before that.
+    fn finish_records(&mut self) -> io::Result<()> {
+        if !self.has_records {
+            return Ok(());
+        }
+        let processed = self.process(None);
+        self.incoming.settle();
+        processed
     }
 
     /// Encrypts octets and writes them out. Those that are not taken wait for the next write, or flush.
@@ -443,6 +433,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         if self.is_write_closed {
             return Poll::Ready(Err(ErrorKind::NotConnected.into()));
         }
+        self.finish_records()?;
         ready!(self.poll_send(cx))?;
         let plain = plain.get(..WRITE).unwrap_or(plain);
         let mut room = Room::to_write();
@@ -591,7 +582,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         ready!(this.poll_send(cx))?;
-        if !std::mem::replace(&mut this.is_write_closed, true) {
+        if !std::mem::replace(&mut this.is_write_closed, true) && this.finish_records().is_ok() {
             let mut alert = [0; 1024];
             if let Ok(length) = this.encrypt(&[], &mut alert) {
                 this.outgoing.extend_from_slice(alert.get(..length).unwrap_or_default());
