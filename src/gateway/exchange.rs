@@ -14,6 +14,7 @@ use crate::problem::Refusal;
 use bytes::Bytes;
 use http::{Method, Response, StatusCode, Version, header, response};
 use hyper::body::{Body, Frame, SizeHint};
+use std::borrow::BorrowMut;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -119,18 +120,22 @@ pub(super) trait Ctx: Send + Sync + 'static {
 pub(super) struct Gone;
 
 /// Answers a request.
-pub(super) async fn serve<R: Rules>(
+pub(super) fn serve<R: Rules>(
     rules: Arc<R>,
-    mut session: Session,
+    mut session: impl BorrowMut<Session> + Send,
     on_it: OnIt,
-) -> Result<Response<Answer<R>>, Gone> {
-    let ctx = rules.begin(&session);
+) -> impl Future<Output = Result<Response<Answer<R>>, Gone>> + Send {
+    let ctx = rules.begin(session.borrow());
     let mut under_way = Box::new(UnderWay { rules, ctx, exchange: None, peer: None, went: 0, late: None, on_it });
-    let UnderWay { rules, ctx, .. } = &mut *under_way;
-    match rules.admit(&mut session, ctx).await {
-        Ok(None) => forward(&mut session, under_way).await,
-        Ok(Some(own)) => Ok(own_answer(&mut session, under_way, own)),
-        Err(refusal) => Ok(refuse(&mut session, under_way, &refusal)),
+    // An `async fn` would keep a second place for each of what it is given.
+    async move {
+        let session = session.borrow_mut();
+        let UnderWay { rules, ctx, .. } = &mut *under_way;
+        match rules.admit(session, ctx).await {
+            Ok(None) => forward(session, under_way).await,
+            Ok(Some(own)) => Ok(own_answer(session, under_way, own)),
+            Err(refusal) => Ok(refuse(session, under_way, &refusal)),
+        }
     }
 }
 
@@ -148,6 +153,7 @@ async fn forward<R: Rules>(
             Ok(peer) => peer,
             Err(refusal) => return Ok(refuse(session, under_way, &refusal)),
         };
+        session.set_out();
         let (link, kept) = match rules.shared().clients.link(&peer).await {
             Ok(link) => link,
             Err(e) => match rules.unconnected(&e, ctx) {

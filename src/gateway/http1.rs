@@ -13,7 +13,7 @@ use super::stream::{Clock, Connection};
 use crate::forward::Stop;
 use crate::http1::{Answer, Chunks, End, Framing, Request, Share, Taken, skip_empty_lines, split};
 use crate::problem::Refusal;
-use crate::tls::{READ, TlsStream};
+use crate::tls::{READ, Read, TlsStream};
 use bytes::{Bytes, BytesMut};
 use http::{Method, Version, header};
 use hyper::body::{Body as _, Frame};
@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, AsyncWriteExt as _, BufReader, ReadBuf};
 
 /// Octets of an upload that are read at once where there are many.
 const RECORD: usize = 16 * 1024;
@@ -50,6 +50,10 @@ pub(super) trait Transport: AsyncBufRead + AsyncRead + AsyncWrite + Unpin + Send
     /// is to be done `amply`.
     fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, amply: bool) -> Poll<io::Result<Bytes>>;
 
+    /// Reads so much; where that is nothing, what was read before and not taken is to be had: pending, with nobody to wake, where
+    /// there is none.
+    fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>>;
+
     /// Reads what comes after the end, and looks at nothing of it: how many octets, 0 where no more come.
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>>;
 }
@@ -57,6 +61,10 @@ pub(super) trait Transport: AsyncBufRead + AsyncRead + AsyncWrite + Unpin + Send
 impl Transport for TlsStream<Stream> {
     fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, amply: bool) -> Poll<io::Result<Bytes>> {
         self.poll_take(cx, most, amply)
+    }
+
+    fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.poll_octets(cx, read, buf)
     }
 
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
@@ -72,6 +80,13 @@ impl Transport for BufReader<Stream> {
         let taken = Bytes::copy_from_slice(came.get(..most).unwrap_or(came));
         this.consume(taken.len());
         Poll::Ready(Ok(taken))
+    }
+
+    fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if read == Read::Nothing && self.buffer().is_empty() {
+            return Poll::Pending;
+        }
+        Pin::new(self).poll_read(cx, buf)
     }
 
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {

@@ -5,12 +5,15 @@
 //! with clocks, and counts frames; how long an answer waits for its client to have room for it is bounded here.
 
 use super::exchange::{self, Answer, PIECES_AT_ONCE, Rules};
+use super::flow::{May, Pace};
 use super::frames::Frames;
+use super::http1::Transport;
 use super::session::{Rest, Session};
 use super::stream::{Clock, Connection, End, Ends, OnIt};
 use crate::config::Http2;
 use crate::forward::poll_room;
 use crate::http1::{date, is_of_connection};
+use crate::tls::Read;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
@@ -34,8 +37,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 8 * STREAM_WINDOW;
 
-/// Octets of a DATA frame at most. Whoever sends as many has them read as one.
-const FRAME: u32 = 32 * 1024;
+/// Octets of a DATA frame at most, with its head those of an allocation. Whoever sends as many has them read as one.
+const FRAME: u32 = 32 * 1024 - 9;
 
 /// How long a client may take to hear that its connection ends.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -45,7 +48,7 @@ const PREFACE: usize = 24 + 9;
 
 /// Serves all requests on a connection, until it ends: whether it had to. `shutdown` says that no more is accepted, and the client
 /// is told then.
-pub(super) async fn serve<R: Rules, T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+pub(super) async fn serve<R: Rules, T: Transport>(
     rules: Arc<R>,
     connection: Arc<Connection>,
     stream: Stream<T>,
@@ -61,7 +64,8 @@ pub(super) async fn serve<R: Rules, T: AsyncRead + AsyncWrite + Unpin + Send + '
         .max_frame_size(FRAME);
     let begin = |request: Request<h2::RecvStream>, respond: SendResponse<Bytes>| {
         let (head, body) = request.into_parts();
-        let session = Session::new(head, Rest::of(body), connection.clone());
+        // In a place of its own: each future that it is handed on by would have one for it.
+        let session = Box::new(Session::new(head, Rest::of(body, &connection), connection.clone()));
         let answer = AssertUnwindSafe(answer(rules.clone(), session, connection.begin(), respond));
         // What would end one request does not end those beside it.
         answer.catch_unwind().map(drop)
@@ -80,6 +84,7 @@ pub(super) async fn serve<R: Rules, T: AsyncRead + AsyncWrite + Unpin + Send + '
     };
     drop(handshake);
     let mut under_way = FuturesUnordered::new();
+    let mut pace = Pace::default();
     let mut serve = |cx: &mut Context<'_>, is_told: bool| -> Poll<()> {
         if is_told {
             serving.graceful_shutdown();
@@ -92,8 +97,14 @@ pub(super) async fn serve<R: Rules, T: AsyncRead + AsyncWrite + Unpin + Send + '
                 Some(Err(_)) | None => return Poll::Ready(()),
             }
         }
+        let held_up = connection.flow.held_up();
         // What these have to say, h2 asks for.
         while let Poll::Ready(Some(())) = under_way.poll_next_unpin(cx) {}
+        if connection.flow.held_up() < held_up {
+            // Maybe it was not read for that.
+            cx.waker().wake_by_ref();
+        }
+        pace.end_turn(cx, &connection.flow);
         Poll::Pending
     };
     tokio::select! {
@@ -121,7 +132,7 @@ pub(super) async fn serve<R: Rules, T: AsyncRead + AsyncWrite + Unpin + Send + '
 }
 
 /// Answers a request on its stream.
-async fn answer<R: Rules>(rules: Arc<R>, session: Session, on_it: OnIt, mut respond: SendResponse<Bytes>) {
+async fn answer<R: Rules>(rules: Arc<R>, session: Box<Session>, on_it: OnIt, mut respond: SendResponse<Bytes>) {
     let answered = {
         let mut serving = pin!(exchange::serve(rules, session, on_it));
         poll_fn(|cx| match serving.as_mut().poll(cx) {
@@ -247,7 +258,7 @@ async fn told(watch: &mut tokio::sync::watch::Receiver<bool>) {
 /// What h2 reads and writes.
 pub(super) struct Stream<T> {
     /// None: it has been abused.
-    inner: Option<T>,
+    inner: Option<Box<T>>,
     connection: Arc<Connection>,
     /// Until something of what is written is taken.
     write_timeout: Duration,
@@ -263,7 +274,7 @@ pub(super) struct Stream<T> {
 impl<T> Stream<T> {
     /// `headers`: the time there is to begin; `write_timeout`: until something of what is written is taken.
     pub(super) fn new(
-        inner: T,
+        inner: Box<T>,
         connection: Arc<Connection>,
         headers: Duration,
         write_timeout: Duration,
@@ -293,17 +304,28 @@ fn closed() -> io::Error {
     io::ErrorKind::NotConnected.into()
 }
 
-impl<T: AsyncRead + Unpin> AsyncRead for Stream<T> {
+impl<T: Transport> AsyncRead for Stream<T> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let before = buf.filled().len();
         let Some(inner) = this.inner.as_mut() else { return Poll::Ready(Err(closed())) };
-        match Pin::new(inner).poll_read(cx, buf)? {
+        let flow = &this.connection.flow;
+        let may = flow.may_read();
+        // Though nothing may, what was read before is to be had.
+        let read = if let May::Read(read) = may { read } else { Read::Nothing };
+        match inner.poll_octets(cx, read, buf)? {
             Poll::Ready(()) => {}
+            Poll::Pending if may == May::TakeTurns => {
+                // It is woken once all others were, and those whom the system has something for.
+                let _ = pin!(tokio::task::yield_now()).poll(cx);
+                return Poll::Pending;
+            }
+            Poll::Pending if may == May::Wait => return Poll::Pending,
             // That is over once the connection has begun.
             Poll::Pending => return this.clock.poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into())),
         }
         let came = buf.filled().get(before..).unwrap_or_default();
+        flow.came(came.len());
         if this.clock.is_set() {
             this.begun += came.len();
             if this.begun >= PREFACE {
@@ -323,7 +345,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Stream<T> {
     }
 }
 
-impl<T: AsyncWrite + Unpin> AsyncWrite for Stream<T> {
+impl<T: Transport> AsyncWrite for Stream<T> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
     }

@@ -15,6 +15,7 @@ mod download;
 mod egress;
 mod exchange;
 mod fields;
+mod flow;
 mod forward;
 mod frames;
 mod http1;

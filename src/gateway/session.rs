@@ -3,16 +3,19 @@
 //! What is read of a body before the decision is held here and sent first; the rest goes on as it comes ([`Upload`]), within its
 //! bound and its times.
 
+use super::flow::Since;
 use super::http1;
 use super::peek::content_length;
 use super::stream::{Clock, Connection};
 use crate::forward::{Source, Stop};
+use crate::http1::Share;
 use crate::problem::Refusal;
 use bytes::Bytes;
 use h2::RecvStream;
 use http::Version;
 use http::request::Parts;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -53,9 +56,13 @@ const SMALL: usize = 4 * 1024;
 /// The body of a request over HTTP/2.
 pub(super) struct Http2 {
     stream: RecvStream,
+    connection: Arc<Connection>,
     /// Octets that were given out last. As long as they are on their way, their sender has no room for more: none is asked for
     /// before they are gone.
     given: usize,
+    /// It is decided on: what is given out is on its way to a node.
+    has_set_out: bool,
+    since: Option<Since>,
 }
 
 /// The rest of a body.
@@ -130,6 +137,13 @@ impl Session {
         self.held = octets;
     }
 
+    /// It is decided on: its body is on its way to a node.
+    pub(super) fn set_out(&mut self) {
+        if let Rest::Http2(body) = &mut self.rest {
+            body.set_out();
+        }
+    }
+
     /// The body, to be sent on from its beginning. `idle` is how long more of it may take to come.
     pub(super) fn upload(&mut self, idle: Duration) -> Upload {
         let rest = std::mem::take(&mut self.rest);
@@ -137,25 +151,38 @@ impl Session {
             Rest::None => Some(self.held.len() as u64),
             _ => content_length(&self.head),
         };
-        let first = std::mem::take(&mut self.held);
-        let held = Some(first.clone()).filter(|held| !held.is_empty());
+        let held = std::mem::take(&mut self.held);
+        let again = Again::new(&held, matches!(rest, Rest::None));
+        let held = Some(held).filter(|held| !held.is_empty());
         let (body, came) = (self.body, self.came);
-        Upload { first, held, rest, length, body, idle, clock: Clock::default(), came, taken: false }
+        Upload { again, held, rest, length, body, idle, clock: Clock::default(), came, taken: false }
     }
 
     /// Takes a body back, to be sent from its beginning again; false: some of it is not held any more.
     pub(super) fn take_back(&mut self, upload: Upload) -> bool {
         self.came = upload.came;
         self.rest = upload.rest;
-        self.held = upload.first;
+        self.held = match upload.held {
+            Some(held) => held,
+            None => upload.again.map(|again| again.octets).unwrap_or_default(),
+        };
         !upload.taken
     }
 }
 
 impl Rest {
     /// That of a request over HTTP/2.
-    pub(super) fn of(body: RecvStream) -> Self {
-        if body.is_end_stream() { Self::None } else { Self::Http2(Box::new(Http2 { stream: body, given: 0 })) }
+    pub(super) fn of(body: RecvStream, connection: &Arc<Connection>) -> Self {
+        if body.is_end_stream() {
+            return Self::None;
+        }
+        Self::Http2(Box::new(Http2 {
+            stream: body,
+            connection: connection.clone(),
+            given: 0,
+            has_set_out: false,
+            since: None,
+        }))
     }
 
     /// More of what comes, never an empty piece. None: that was all.
@@ -188,6 +215,7 @@ impl Http2 {
                 Some(Ok(data)) if data.is_empty() => {}
                 Some(Ok(data)) => {
                     self.given = data.len();
+                    self.since = self.has_set_out.then(|| self.connection.flow.sets_out());
                     // A little of what h2 has read at once would keep all of that.
                     let data = if data.len() < SMALL { Bytes::copy_from_slice(&data) } else { data };
                     return Poll::Ready(Some(Ok(data)));
@@ -199,9 +227,18 @@ impl Http2 {
         }
     }
 
+    fn set_out(&mut self) {
+        if !std::mem::replace(&mut self.has_set_out, true) && self.given > 0 {
+            self.since = Some(self.connection.flow.sets_out());
+        }
+    }
+
     fn give_room_back(&mut self) {
         let given = std::mem::take(&mut self.given);
         if given > 0 {
+            if let Some(since) = self.since.take() {
+                self.connection.flow.is_gone(since);
+            }
             // Nobody needs it where the stream is gone.
             let _ = self.stream.flow_control().release_capacity(given);
         }
@@ -220,11 +257,33 @@ fn stop(e: &h2::Error) -> Stop {
     Stop { refusal, broken: true, gone: e.is_reset() || e.is_io() || e.is_go_away() }
 }
 
+/// Octets of all bodies that are kept, though there is more of them to come, so that they can be sent again.
+const MOST_AGAIN: usize = 64 * 1024;
+static AGAIN: AtomicUsize = AtomicUsize::new(0);
+
+/// What is given out first of a body, to be sent again where need be.
+struct Again {
+    octets: Bytes,
+    _share: Option<Share>,
+}
+
+impl Again {
+    /// A body that is all there, or of which little is, can be sent again. Of others there is a share to be had: as soon as more
+    /// has gone, they cannot be sent again anyway.
+    fn new(octets: &Bytes, is_all: bool) -> Option<Self> {
+        let share = match is_all || octets.len() <= SMALL {
+            true => None,
+            false => Some(Share::new(&AGAIN, octets.len(), MOST_AGAIN)?),
+        };
+        Some(Self { octets: octets.clone(), _share: share })
+    }
+}
+
 /// A request's body on its way.
 pub(super) struct Upload {
-    /// What is given out first, for as long as it can all be sent again.
-    first: Bytes,
-    /// That, until it is given out.
+    /// For as long as it can all be sent again.
+    again: Option<Again>,
+    /// What is given out first, until it is.
     held: Option<Bytes>,
     rest: Rest,
     length: Option<u64>,
@@ -233,7 +292,7 @@ pub(super) struct Upload {
     /// For more of it, while that is awaited.
     clock: Clock,
     came: u64,
-    /// Some of what is not held has been given out.
+    /// Some of what is not kept has been given out.
     taken: bool,
 }
 
@@ -247,7 +306,10 @@ impl Upload {
 impl Source for Upload {
     fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
         let chunk = match self.held.take() {
-            Some(held) => Some(Ok(held)),
+            Some(held) => {
+                self.taken |= self.again.is_none();
+                Some(Ok(held))
+            }
             None => match self.rest.poll_chunk(cx) {
                 Poll::Pending => {
                     if !self.clock.is_set() {
@@ -255,13 +317,16 @@ impl Source for Upload {
                     }
                     ready!(self.clock.poll(cx));
                     self.rest = Rest::None;
+                    self.taken = true;
                     return Poll::Ready(Some(Err(Refusal::TooSlow.into())));
                 }
                 Poll::Ready(chunk) => {
                     self.clock.stop();
+                    // What has broken off is not all there, either.
+                    self.taken |= matches!(chunk, Some(Err(_)));
                     if let Some(Ok(chunk)) = &chunk {
                         self.taken = true;
-                        self.first = Bytes::new();
+                        self.again = None;
                         self.came += chunk.len() as u64;
                         // However little it waits each time.
                         if !matches!(self.rest, Rest::None) && Instant::now() > self.body.until {

@@ -2,6 +2,7 @@
 //! to end.
 
 use super::fields::forwarded_for;
+use super::flow::Flow;
 use super::live::ListenerTls;
 use crate::admission::PeerIdentity;
 use crate::tls::{self, TlsStream};
@@ -48,6 +49,8 @@ pub(super) struct Connection {
     linger: AtomicBool,
     /// A write waits (HTTP/2, where what was answered is written after its request is over).
     is_writing: AtomicBool,
+    /// What of its bodies is on its way (HTTP/2).
+    pub(super) flow: Flow,
     /// Requests under way on it, and all so far.
     requests: AtomicUsize,
     so_far: AtomicUsize,
@@ -162,6 +165,7 @@ impl Connection {
             waits: AtomicWaker::new(),
             linger: AtomicBool::new(false),
             is_writing: AtomicBool::new(false),
+            flow: Flow::default(),
             requests: AtomicUsize::new(0),
             so_far: AtomicUsize::new(0),
             open,

@@ -23,8 +23,9 @@ const AROUND: usize = 5 + 1 + 16;
 /// What a record of 16 KiB takes: whoever has much to send sends these.
 const FULL_RECORD: usize = 16 * 1024 + AROUND;
 
-/// What is read at once at most, with a record that was left behind.
-pub const READ: usize = 64 * 1024;
+/// What is read at once at most, with a record that was left behind: four records of 16 KiB, or four frames of HTTP/2 of as much
+/// of which each has its head in a record of its own.
+pub const READ: usize = 4 * (FULL_RECORD + 9 + AROUND);
 
 /// Octets that are encrypted at once, and what these take.
 const WRITE: usize = 48 * 1024;
@@ -36,6 +37,23 @@ const HELLO: usize = READ;
 thread_local! {
     static ROOM_TO_READ: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
     static ROOM_TO_WRITE: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
+}
+
+/// How much of what has come to the system is read at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Read {
+    /// Nothing: only what was read before is there.
+    Nothing,
+    /// A record.
+    Record,
+    /// As much as there is room for.
+    Amply,
+}
+
+impl Read {
+    fn amply(is_so: bool) -> Self {
+        if is_so { Self::Amply } else { Self::Record }
+    }
 }
 
 /// A place that the connections of this thread take turns in, while this is there.
@@ -179,7 +197,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         };
         while this.connection.is_handshaking() {
             // It sends what there is to be sent. Tickets, which come last, are not waited for.
-            if !poll_fn(|cx| this.poll_read_more(cx, true, None)).await? {
+            if !poll_fn(|cx| this.poll_read_more(cx, Read::Amply, None)).await? {
                 return Err(cut_off());
             }
         }
@@ -274,12 +292,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         }
     }
 
-    /// Waits for more, of one record unless it is read `amply`: whether something came, or that no more will. It goes `into` there
+    /// Waits for more, of which so much is read: whether something came, or that no more will. It goes `into` there
     /// as far as there is room, else it is kept.
     fn poll_read_more(
         &mut self,
         cx: &mut Context<'_>,
-        amply: bool,
+        read: Read,
         mut into: Option<&mut ReadBuf<'_>>,
     ) -> Poll<io::Result<bool>> {
         let free = into.as_ref().map_or(0, |buf| buf.remaining());
@@ -293,7 +311,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                 return Poll::Ready(Err(ErrorKind::NotConnected.into()));
             }
             if !self.has_records {
-                let came = self.poll_records(cx, amply);
+                let came = self.poll_records(cx, read);
                 if !matches!(came, Poll::Ready(Ok(()))) {
                     self.incoming.settle();
                 }
@@ -314,8 +332,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
     }
 
     /// Waits for octets of records.
-    fn poll_records(&mut self, cx: &mut Context<'_>, amply: bool) -> Poll<io::Result<()>> {
-        let wanted = if amply { READ } else { of_one_record(self.incoming.octets()) };
+    fn poll_records(&mut self, cx: &mut Context<'_>, read: Read) -> Poll<io::Result<()>> {
+        let wanted = match read {
+            Read::Nothing => return Poll::Pending,
+            Read::Record => of_one_record(self.incoming.octets()),
+            Read::Amply => READ,
+        };
         let room = self.incoming.room();
         let wanted = wanted.min(room.len());
         if wanted == 0 {
@@ -333,13 +355,27 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
     }
 
     /// Waits until something is there to be taken. False: no more comes.
-    fn poll_plain(&mut self, cx: &mut Context<'_>, amply: bool) -> Poll<io::Result<bool>> {
+    fn poll_plain(&mut self, cx: &mut Context<'_>, read: Read) -> Poll<io::Result<bool>> {
         while self.plain.is_empty() {
-            if !ready!(self.poll_read_more(cx, amply, None))? {
+            if !ready!(self.poll_read_more(cx, read, None))? {
                 return Poll::Ready(Ok(false));
             }
         }
         Poll::Ready(Ok(true))
+    }
+
+    /// Takes what is there; where there is none, so much is read. Of nothing, it is pending with nobody to wake.
+    ///
+    /// # Errors
+    /// The connection is gone, or what came is no TLS.
+    pub fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.plain.is_empty() && buf.remaining() > 0 {
+            return self.poll_read_more(cx, read, Some(buf)).map_ok(drop);
+        }
+        let octets = self.plain.len().min(buf.remaining());
+        buf.put_slice(self.plain.get(..octets).unwrap_or_default());
+        Pin::new(self).consume(octets);
+        Poll::Ready(Ok(()))
     }
 
     /// Takes what is there, at most so many octets: none, where no more comes. No more than a record is read, unless that is to be
@@ -348,7 +384,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
     /// # Errors
     /// The connection is gone, or what came is no TLS.
     pub fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, amply: bool) -> Poll<io::Result<Bytes>> {
-        if !ready!(self.poll_plain(cx, amply))? {
+        if !ready!(self.poll_plain(cx, Read::amply(amply)))? {
             return Poll::Ready(Ok(Bytes::new()));
         }
         if self.plain.len() <= most {
@@ -511,7 +547,7 @@ async fn hello<IO: AsyncRead + AsyncWrite + Unpin>(io: &mut IO) -> io::Result<(B
 impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncBufRead for TlsStream<IO> {
     fn poll_fill_buf(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
         let this = self.get_mut();
-        ready!(this.poll_plain(cx, true))?;
+        ready!(this.poll_plain(cx, Read::Amply))?;
         Poll::Ready(Ok(&this.plain))
     }
 
@@ -525,14 +561,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncBufRead for TlsStream<IO> {
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<IO> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.plain.is_empty() && buf.remaining() > 0 {
-            return self.get_mut().poll_read_more(cx, true, Some(buf)).map_ok(drop);
-        }
-        let octets = self.plain.len().min(buf.remaining());
-        buf.put_slice(self.plain.get(..octets).unwrap_or_default());
-        self.as_mut().consume(octets);
-        Poll::Ready(Ok(()))
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().poll_octets(cx, Read::Amply, buf)
     }
 }
 
@@ -719,7 +749,7 @@ mod tests {
             let read = async { from_server.read_exact(&mut back).await.map(drop).unwrap() };
             tokio::join!(echo, write, read);
             assert!(back == sent, "{room}");
-            let waits = poll_fn(|cx| Poll::Ready(server.poll_plain(cx, true).is_pending())).await;
+            let waits = poll_fn(|cx| Poll::Ready(server.poll_plain(cx, Read::Amply).is_pending())).await;
             assert!(waits);
             assert_eq!(held(&server), 0, "{room}");
         }
@@ -766,7 +796,7 @@ mod tests {
         let mut rest = vec![0; 40_000];
         server.read_exact(&mut rest).await.unwrap();
         assert!([came, rest].concat() == sent);
-        let waits = poll_fn(|cx| Poll::Ready(server.poll_plain(cx, true).is_pending())).await;
+        let waits = poll_fn(|cx| Poll::Ready(server.poll_plain(cx, Read::Amply).is_pending())).await;
         assert!(waits && held(&server) == 0);
     }
 
