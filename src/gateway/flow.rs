@@ -182,7 +182,11 @@ mod tests {
     static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
     async fn turn(pace: &mut Pace, flow: &Flow) {
-        poll_fn(|cx| Poll::Ready(pace.end_turn(cx, flow))).await;
+        poll_fn(|cx| {
+            pace.end_turn(cx, flow);
+            Poll::Ready(())
+        })
+        .await;
     }
 
     const AMPLY: May = May::Read(Read::Amply);
