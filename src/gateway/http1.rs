@@ -46,9 +46,8 @@ const GO_ON: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// What a connection goes over.
 pub(super) trait Transport: AsyncBufRead + AsyncRead + AsyncWrite + Unpin + Send + 'static {
-    /// Takes what has come, at most so many octets: none, where no more comes. Little more is read at once than 16 KiB, unless that
-    /// is to be done `amply`.
-    fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, amply: bool) -> Poll<io::Result<Bytes>>;
+    /// Takes what has come, at most so many octets: none, where no more comes. Where nothing has yet, so much is read.
+    fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, read: Read) -> Poll<io::Result<Bytes>>;
 
     /// Reads so much; where that is nothing, what was read before and not taken is to be had: pending, with nobody to wake, where
     /// there is none.
@@ -59,8 +58,8 @@ pub(super) trait Transport: AsyncBufRead + AsyncRead + AsyncWrite + Unpin + Send
 }
 
 impl Transport for TlsStream<Stream> {
-    fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, amply: bool) -> Poll<io::Result<Bytes>> {
-        self.poll_take(cx, most, amply)
+    fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, read: Read) -> Poll<io::Result<Bytes>> {
+        self.poll_take(cx, most, read)
     }
 
     fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
@@ -74,7 +73,7 @@ impl Transport for TlsStream<Stream> {
 
 /// That of the provider's own nodes on the loopback.
 impl Transport for BufReader<Stream> {
-    fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, _: bool) -> Poll<io::Result<Bytes>> {
+    fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, _: Read) -> Poll<io::Result<Bytes>> {
         let mut this = Pin::new(self);
         let came = ready!(this.as_mut().poll_fill_buf(cx))?;
         let taken = Bytes::copy_from_slice(came.get(..most).unwrap_or(came));
@@ -90,7 +89,7 @@ impl Transport for BufReader<Stream> {
     }
 
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        Transport::poll_take(self, cx, READ, true).map_ok(|taken| taken.len())
+        Transport::poll_take(self, cx, READ, Read::Amply).map_ok(|taken| taken.len())
     }
 }
 
@@ -142,7 +141,7 @@ impl Wire {
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         // What comes with a head is kept for longer than what comes later.
         self.ample = None;
-        let came = ready!(self.stream.poll_take(cx, READ, false))?;
+        let came = ready!(self.stream.poll_take(cx, READ, Read::Record))?;
         let octets = came.len();
         if self.buffer.is_empty() {
             self.buffer = BytesMut::from(came);
@@ -157,7 +156,8 @@ impl Wire {
         // What was taken before is with its node.
         self.ample = None;
         let ample = Share::of_requests();
-        let came = ready!(self.stream.poll_take(cx, most, ample.is_some()))?;
+        let read = if ample.is_some() { Read::Amply } else { Read::Record };
+        let came = ready!(self.stream.poll_take(cx, most, read))?;
         self.ample = ample.filter(|_| came.len() > RECORD);
         Poll::Ready(Ok(came))
     }

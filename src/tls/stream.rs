@@ -50,12 +50,6 @@ pub enum Read {
     Amply,
 }
 
-impl Read {
-    fn amply(is_so: bool) -> Self {
-        if is_so { Self::Amply } else { Self::Record }
-    }
-}
-
 /// A place that the connections of this thread take turns in, while this is there.
 struct Room {
     octets: Box<[u8]>,
@@ -378,13 +372,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         Poll::Ready(Ok(()))
     }
 
-    /// Takes what is there, at most so many octets: none, where no more comes. No more than a record is read, unless that is to be
-    /// done `amply`.
+    /// Takes what is there, at most so many octets: none, where no more comes. Where there is none yet, so much is read.
     ///
     /// # Errors
     /// The connection is gone, or what came is no TLS.
-    pub fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, amply: bool) -> Poll<io::Result<Bytes>> {
-        if !ready!(self.poll_plain(cx, Read::amply(amply)))? {
+    pub fn poll_take(&mut self, cx: &mut Context<'_>, most: usize, read: Read) -> Poll<io::Result<Bytes>> {
+        if !ready!(self.poll_plain(cx, read))? {
             return Poll::Ready(Ok(Bytes::new()));
         }
         if self.plain.len() <= most {
@@ -721,7 +714,10 @@ mod tests {
                 while came < count {
                     // In the three ways that there are.
                     let piece = match came % 3 {
-                        0 => poll_fn(|cx| server.poll_take(cx, 20_000, came % 2 == 0)).await.unwrap().to_vec(),
+                        0 => poll_fn(|cx| server.poll_take(cx, 20_000, [Read::Amply, Read::Record][came % 2]))
+                            .await
+                            .unwrap()
+                            .to_vec(),
                         1 => {
                             let piece = poll_fn(|cx| Pin::new(&mut server).poll_fill_buf(cx).map_ok(<[u8]>::to_vec));
                             let piece = piece.await.unwrap();
@@ -761,14 +757,15 @@ mod tests {
         let (mut client, mut server) = side.connected(&side.client(&[]), 1 << 20).await;
         client.write_all(&octets(200_000)).await.unwrap();
         client.flush().await.unwrap();
-        for amply in [false, true, false] {
-            let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, amply)).await.unwrap();
+        for read in [Read::Record, Read::Amply, Read::Record] {
+            let amply = read == Read::Amply;
+            let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, read)).await.unwrap();
             let left = server.incoming.len();
             assert!(amply || (piece.len() == 16 * 1024 && left == 0), "{} and {left}", piece.len());
             assert!(!amply || piece.len() >= 3 * 16 * 1024, "{}", piece.len());
             if amply {
                 // The rest of the record that has begun to come.
-                let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, false)).await.unwrap();
+                let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, Read::Record)).await.unwrap();
                 assert_eq!((piece.len(), server.incoming.len()), (16 * 1024, 0));
             }
         }
