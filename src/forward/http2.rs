@@ -10,6 +10,9 @@ use h2::{Reason, RecvStream, SendStream};
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Method, Request, StatusCode, Uri, Version, header, response};
 use hyper::body::Frame;
+use parking_lot::Mutex;
+use std::cell::Cell;
+use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -92,6 +95,14 @@ impl Connection {
         // Else a few answers that nobody takes would hold up all others on the connection.
         let all = u32::try_from(streams).unwrap_or(u32::MAX).saturating_mul(STREAM_WINDOW);
         let gone = Arc::new(AtomicBool::new(false));
+        let wire = Arc::new(Mutex::new(Wire {
+            stream,
+            gone: gone.clone(),
+            unwritten: Vec::new(),
+            written: 0,
+            has_failed: false,
+            clock: None,
+        }));
         let handshake = Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(all.clamp(CONNECTION_WINDOW, MAX_WINDOW))
@@ -101,23 +112,29 @@ impl Connection {
             .reset_stream_duration(REMEMBER_RESET)
             .max_local_error_reset_streams(Some(MOST_ERRORS))
             .enable_push(false)
-            .handshake::<_, Bytes>(LastWords { stream, gone: gone.clone(), has_failed: false, clock: None });
+            .handshake::<_, Bytes>(Gathers(wire.clone()));
         let (send, connection) = handshake.await?;
         let (alive, left) = oneshot::channel();
         let ended = Ended(gone.clone());
         tokio::spawn(async move {
             let _ended = ended;
             let mut connection = pin!(connection);
+            let mut driven = pin!(poll_fn(|cx| {
+                let end = connection.as_mut().poll(cx);
+                // What is not taken now is the next time.
+                let _ = wire.lock().poll_write_out(cx);
+                end
+            }));
             tokio::select! {
                 biased;
-                end = &mut connection => {
+                end = &mut driven => {
                     if let Err(e) = end {
                         tracing::debug!("a connection of HTTP/2 ends: {e}");
                     }
                 }
                 _ = left => {
                     // The other side may not read.
-                    let _ = tokio::time::timeout(LEAVE, connection).await;
+                    let _ = tokio::time::timeout(LEAVE, driven).await;
                 }
             }
         });
@@ -153,56 +170,98 @@ impl Connection {
     }
 }
 
-/// A connection on which a write that fails is no error before all is read that the other side has said: one that is closed
-/// behind a GOAWAY would else be one that broke off, and nobody would know which requests were left untouched.
-struct LastWords {
+/// What a connection goes over, as h2 and the task that drives it share it: they are the same task.
+///
+/// h2 writes each frame by itself, and flushes it. What it writes before it waits is gathered, and leaves at once.
+///
+/// A write that fails is no error before all is read that the other side has said: a connection that is closed behind a GOAWAY
+/// would else be one that broke off, and nobody would know which requests were left untouched.
+struct Wire {
     stream: http1::Stream,
     gone: Arc<AtomicBool>,
+    /// What is gathered, from here on: a place that all connections of a thread share, while there is something.
+    unwritten: Vec<u8>,
+    written: usize,
     has_failed: bool,
     clock: Option<Pin<Box<Sleep>>>,
+}
+
+/// A [`Wire`], for h2.
+struct Gathers(Arc<Mutex<Wire>>);
+
+/// Octets that are gathered at most.
+const MOST_GATHERED: usize = 64 << 10;
+
+thread_local! {
+    static ROOM: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
 /// How long may pass until the end of a connection is seen that takes no more.
 const LAST_READ: Duration = Duration::from_secs(1);
 
-impl LastWords {
-    /// What comes of writing so many octets.
-    fn written(
-        &mut self,
-        cx: &mut Context<'_>,
-        octets: usize,
-        written: Poll<io::Result<usize>>,
-    ) -> Poll<io::Result<usize>> {
-        let Poll::Ready(Err(e)) = written else { return written };
+impl Wire {
+    /// Gathers octets, as many as there is room for: how many.
+    fn gather(&mut self, octets: &[u8]) -> usize {
+        if self.unwritten.capacity() == 0 {
+            self.unwritten = ROOM.take();
+            self.unwritten.reserve_exact(MOST_GATHERED);
+        }
+        let room = MOST_GATHERED.saturating_sub(self.unwritten.len());
+        let now = octets.get(..room).unwrap_or(octets);
+        self.unwritten.extend_from_slice(now);
+        now.len()
+    }
+
+    /// Writes out what is gathered, as far as it is taken.
+    fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            let rest = self.unwritten.get(self.written..).unwrap_or_default();
+            if self.has_failed || rest.is_empty() {
+                break;
+            }
+            match ready!(Pin::new(&mut self.stream).poll_write(cx, rest)) {
+                Ok(0) => self.fail(cx, &io::ErrorKind::WriteZero.into()),
+                Ok(octets) => self.written += octets,
+                Err(e) => self.fail(cx, &e),
+            }
+        }
+        if self.unwritten.capacity() > 0 {
+            self.unwritten.clear();
+            ROOM.set(std::mem::take(&mut self.unwritten));
+            self.written = 0;
+        }
+        if !self.has_failed
+            && let Err(e) = ready!(Pin::new(&mut self.stream).poll_flush(cx))
+        {
+            self.fail(cx, &e);
+        }
+        Poll::Ready(())
+    }
+
+    fn fail(&mut self, cx: &mut Context<'_>, e: &io::Error) {
         tracing::debug!("a connection of HTTP/2 takes no more: {e}");
         self.has_failed = true;
         self.gone.store(true, Ordering::Release);
         // What is to be read is read next.
         cx.waker().wake_by_ref();
-        Poll::Ready(Ok(octets))
     }
 }
 
-impl AsyncRead for LastWords {
+impl AsyncRead for Gathers {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let read = Pin::new(&mut this.stream).poll_read(cx, buf);
-        if !this.has_failed || read.is_ready() {
+        let wire = &mut *self.0.lock();
+        let read = Pin::new(&mut wire.stream).poll_read(cx, buf);
+        if !wire.has_failed || read.is_ready() {
             return read;
         }
-        let clock = this.clock.get_or_insert_with(|| Box::pin(tokio::time::sleep(LAST_READ)));
+        let clock = wire.clock.get_or_insert_with(|| Box::pin(tokio::time::sleep(LAST_READ)));
         clock.as_mut().poll(cx).map(|()| Err(io::ErrorKind::BrokenPipe.into()))
     }
 }
 
-impl AsyncWrite for LastWords {
+impl AsyncWrite for Gathers {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        if this.has_failed {
-            return Poll::Ready(Ok(buf.len()));
-        }
-        let written = Pin::new(&mut this.stream).poll_write(cx, buf);
-        this.written(cx, buf.len(), written)
+        self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
     }
 
     fn poll_write_vectored(
@@ -210,31 +269,29 @@ impl AsyncWrite for LastWords {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        let octets = bufs.iter().map(|buf| buf.len()).sum();
-        if this.has_failed {
-            return Poll::Ready(Ok(octets));
+        let mut wire = self.0.lock();
+        if wire.unwritten.len() >= MOST_GATHERED {
+            ready!(wire.poll_write_out(cx));
         }
-        let written = Pin::new(&mut this.stream).poll_write_vectored(cx, bufs);
-        this.written(cx, octets, written)
+        if wire.has_failed {
+            return Poll::Ready(Ok(bufs.iter().map(|buf| buf.len()).sum()));
+        }
+        Poll::Ready(Ok(bufs.iter().map(|buf| wire.gather(buf)).sum()))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        true
     }
 
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if this.has_failed {
-            return Poll::Ready(Ok(()));
-        }
-        let flushed = Pin::new(&mut this.stream).poll_flush(cx).map_ok(|()| 0);
-        this.written(cx, 0, flushed).map_ok(drop)
+    /// Whoever drives the connection does it.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if this.has_failed { Poll::Ready(Ok(())) } else { Pin::new(&mut this.stream).poll_shutdown(cx) }
+        let mut wire = self.0.lock();
+        ready!(wire.poll_write_out(cx));
+        if wire.has_failed { Poll::Ready(Ok(())) } else { Pin::new(&mut wire.stream).poll_shutdown(cx) }
     }
 }
 
