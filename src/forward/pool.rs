@@ -191,6 +191,11 @@ pub enum Link {
 }
 
 impl Link {
+    /// A request may be left untouched ([`super::Error::Untouched`]), and then be sent again.
+    pub fn may_leave_untouched(&self) -> bool {
+        matches!(self, Self::Http2(_))
+    }
+
     /// Begins with a request. `kept`: the connection was there before, and may have been closed meanwhile.
     pub fn begin<S: Source>(self, kept: bool, head: &Head, source: S, times: Times) -> Exchange<S> {
         match self {

@@ -162,7 +162,7 @@ async fn forward<R: Rules>(
             },
         };
         rules.connected(kept, ctx);
-        let upload = session.upload(ctx.idle());
+        let upload = session.upload(ctx.idle(), link.may_leave_untouched());
         // What is read of it from now on is on its way.
         let exchange = under_way.exchange.insert(link.begin(kept, &head, upload, peer.times));
         under_way.late = under_way.ctx.until().map(|until| Box::pin(tokio::time::sleep_until(until.into())));

@@ -144,15 +144,17 @@ impl Session {
         }
     }
 
-    /// The body, to be sent on from its beginning. `idle` is how long more of it may take to come.
-    pub(super) fn upload(&mut self, idle: Duration) -> Upload {
+    /// The body, to be sent on from its beginning. `idle` is how long more of it may take to come; `may_come_back`: it may have to
+    /// be sent again though not all of it is there.
+    pub(super) fn upload(&mut self, idle: Duration, may_come_back: bool) -> Upload {
         let rest = std::mem::take(&mut self.rest);
         let length = match &rest {
             Rest::None => Some(self.held.len() as u64),
             _ => content_length(&self.head),
         };
         let held = std::mem::take(&mut self.held);
-        let again = Again::new(&held, matches!(rest, Rest::None));
+        let is_all = matches!(rest, Rest::None);
+        let again = if is_all || may_come_back { Again::new(&held, is_all) } else { None };
         let held = Some(held).filter(|held| !held.is_empty());
         let (body, came) = (self.body, self.came);
         Upload { again, held, rest, length, body, idle, clock: Clock::default(), came, taken: false }

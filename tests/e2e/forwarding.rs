@@ -308,10 +308,19 @@ async fn sigterm_lets_requests_end() {
     assert!(gateway.ended().await.success());
 }
 
-/// A node that speaks h2c by hand: it resets the first `refused` streams with `reason`, and answers the others.
+/// A node that speaks h2c by hand: it resets the first `refused` streams with `reason`, once the body is in, and answers the others.
 pub async fn resetting_node(
     refused: usize,
     reason: h2::Reason,
+) -> (std::net::SocketAddr, tokio::sync::watch::Receiver<usize>) {
+    resetting_node_when(refused, reason, false).await
+}
+
+/// The same, which may be `early`: it resets them once something of the body is in.
+async fn resetting_node_when(
+    refused: usize,
+    reason: h2::Reason,
+    early: bool,
 ) -> (std::net::SocketAddr, tokio::sync::watch::Receiver<usize>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -328,8 +337,10 @@ pub async fn resetting_node(
                     while let Some(Ok(chunk)) = body.data().await {
                         body.flow_control().release_capacity(chunk.len()).unwrap();
                         all.extend(chunk);
+                        if refuse && early {
+                            break;
+                        }
                     }
-                    // Once the body is in: a reset that comes before it looks to Pingora like any failed write.
                     if refuse {
                         return respond.send_reset(reason);
                     }
@@ -354,6 +365,25 @@ async fn what_a_node_left_untouched_is_sent_again_and_nothing_else() {
         if status == 200 {
             assert_eq!(response.body, send_message(), "whole, each time");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_body_of_which_only_the_beginning_was_there_is_sent_again_whole() {
+    let body = bytes::Bytes::from(send_message());
+    let (first, rest) = (body.slice(..body.len() - 9), body.slice(body.len() - 9..));
+    for http2 in [false, true] {
+        let (address, mut seen) = resetting_node_when(1, h2::Reason::REFUSED_STREAM, true).await;
+        let gateway = Gateway::start(Setup::of_nodes(&[address]).h2c()).await;
+        let client = if http2 { gateway.peer().http2() } else { gateway.peer().http1() };
+        let length = Some(body.len() as u64);
+        let upload = client.begin(Method::POST, "/group_operation", &[], length).await.unwrap();
+        upload.write(first.clone()).await.unwrap();
+        let both = seen.wait_for(|seen| *seen == 2);
+        tokio::time::timeout(Duration::from_secs(5), both).await.expect("it is sent again").unwrap();
+        upload.write(rest.clone()).await.unwrap();
+        let answer = upload.finish().await.unwrap();
+        assert_eq!((answer.status.as_u16(), answer.body == body), (200, true));
     }
 }
 
