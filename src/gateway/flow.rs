@@ -6,17 +6,21 @@
 //! comes before what is not read. It does not hold up those beside it for longer than [`STILL`]: one that stands still has its
 //! place within the windows, and counts no more.
 
+use super::frames::HEAD;
+use super::http2::FRAME;
 use super::stream::Clock;
-use crate::tls::Read;
+use crate::tls::{RECORD, Read};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::Context;
 use std::time::{Duration, Instant};
 
-/// Octets of a connection that are read in a turn: at first; at most, twice as many after each turn that took all of them; and
-/// when nodes hold something up, here or for many others.
-const FIRST: usize = 64 * 1024;
-const AMPLE: usize = 128 * 1024;
-const SCARCE: usize = 16 * 1024;
+/// Octets of a connection that are read in a turn; and when nodes hold something up, here or for many others.
+const AMPLE: usize = 64 * 1024;
+const SCARCE: usize = RECORD;
+
+/// Octets that may be read beyond these, for a frame that has begun to come: nobody can pass that on before all of it is there, and
+/// it would wait in our memory for the next turn.
+const BEYOND: usize = FRAME as usize + HEAD;
 
 /// Uploads that are held up, of all connections, from which on each connection waits for its own.
 const MANY: usize = 4;
@@ -28,7 +32,7 @@ const STILL: Duration = Duration::from_millis(20);
 static ALL: AtomicUsize = AtomicUsize::new(0);
 
 /// What is known of a connection. Its requests are of its task, so that nobody else writes it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Flow {
     /// Uploads of which a piece is on its way to a node.
     on_their_way: AtomicUsize,
@@ -39,9 +43,9 @@ pub(super) struct Flow {
     moves: AtomicBool,
     /// Those that do not, as they are counted with those of all connections.
     counted: AtomicUsize,
-    /// Octets that were read in this turn, and how many may be where nothing is held up.
+    /// Octets that were read in this turn, and those that are to come of a frame that has begun.
     came: AtomicUsize,
-    room: AtomicUsize,
+    left: AtomicUsize,
 }
 
 /// When a piece of an upload has set out.
@@ -63,21 +67,6 @@ pub(super) enum May {
 }
 
 // === impl Flow ===
-
-impl Default for Flow {
-    fn default() -> Self {
-        let none = || AtomicUsize::new(0);
-        Self {
-            on_their_way: none(),
-            still: none(),
-            times: none(),
-            moves: AtomicBool::new(false),
-            counted: none(),
-            came: none(),
-            room: AtomicUsize::new(FIRST),
-        }
-    }
-}
 
 impl Flow {
     /// A piece of an upload is on its way: what is to be said when it is gone.
@@ -101,8 +90,9 @@ impl Flow {
         self.on_their_way.load(Ordering::Relaxed).saturating_sub(self.still.load(Ordering::Relaxed))
     }
 
-    /// So many octets were read.
-    pub(super) fn came(&self, octets: usize) {
+    /// So many octets were read, and so many are to come of a frame that has begun.
+    pub(super) fn came(&self, octets: usize, left: usize) {
+        self.left.store(left, Ordering::Relaxed);
         self.came.store(self.came.load(Ordering::Relaxed).saturating_add(octets), Ordering::Relaxed);
     }
 
@@ -110,26 +100,24 @@ impl Flow {
     pub(super) fn may_read(&self) -> May {
         let (held_up, are_many) = (self.held_up(), ALL.load(Ordering::Relaxed) >= MANY);
         let is_scarce = held_up > 0 || are_many;
-        let room = if is_scarce { SCARCE } else { self.room.load(Ordering::Relaxed) };
         if held_up > usize::from(!are_many) {
-            May::Wait
-        } else if self.came.load(Ordering::Relaxed) >= room {
-            May::TakeTurns
-        } else if is_scarce {
-            May::Read(Read::Record)
-        } else {
-            May::Read(Read::Amply)
+            return May::Wait;
         }
+        let room = if is_scarce { SCARCE } else { AMPLE };
+        let (came, left) = (self.came.load(Ordering::Relaxed), self.left.load(Ordering::Relaxed));
+        if came >= room + BEYOND || (came >= room && left == 0) {
+            return May::TakeTurns;
+        }
+        if came < room && !is_scarce {
+            return May::Read(Read::Amply);
+        }
+        // A whole one, where none has begun.
+        let wanted = if left == 0 { BEYOND } else { left };
+        May::Read(Read::Octets(wanted.min(room + BEYOND - came)))
     }
 
     fn end_turn(&self) {
-        let came = self.came.swap(0, Ordering::Relaxed);
-        let room = match self.room.load(Ordering::Relaxed) {
-            _ if self.held_up() > 0 => FIRST,
-            room if came >= room => (2 * room).min(AMPLE),
-            room => room,
-        };
-        self.room.store(room, Ordering::Relaxed);
+        self.came.store(0, Ordering::Relaxed);
         self.count(self.held_up());
     }
 
@@ -190,29 +178,32 @@ mod tests {
     }
 
     const AMPLY: May = May::Read(Read::Amply);
-    const RECORD: May = May::Read(Read::Record);
+    const A_FRAME: May = May::Read(Read::Octets(BEYOND));
+
+    fn octets(count: usize) -> May {
+        May::Read(Read::Octets(count))
+    }
 
     #[tokio::test]
-    async fn a_turn_has_an_end_and_grows_while_all_is_taken() {
+    async fn a_turn_has_an_end_where_a_frame_has_one() {
         let _alone = ALONE.lock().await;
         let (flow, mut pace) = (Flow::default(), Pace::default());
-        for room in [FIRST, 2 * FIRST, AMPLE, AMPLE] {
-            flow.came(room - 1);
+        for _ in 0..2 {
+            flow.came(AMPLE - 1, 0);
             assert_eq!(flow.may_read(), AMPLY);
-            flow.came(1);
+            flow.came(1, 0);
             assert_eq!(flow.may_read(), May::TakeTurns);
             turn(&mut pace, &flow).await;
         }
-        flow.came(1);
-        turn(&mut pace, &flow).await;
-        flow.came(AMPLE - 1);
-        assert_eq!(flow.may_read(), AMPLY, "a short turn takes nothing away");
-        let since = flow.sets_out();
-        turn(&mut pace, &flow).await;
-        flow.is_gone(since);
-        turn(&mut pace, &flow).await;
-        flow.came(FIRST);
-        assert_eq!(flow.may_read(), May::TakeTurns, "it begins anew where something was held up");
+        flow.came(AMPLE, BEYOND);
+        assert_eq!(flow.may_read(), A_FRAME, "a frame has begun");
+        flow.came(BEYOND - 10, 10);
+        assert_eq!(flow.may_read(), octets(10));
+        flow.came(9, 1 << 23);
+        assert_eq!(flow.may_read(), octets(1));
+        // However large they are, or however many: some end where others begin.
+        flow.came(1, 1 << 23);
+        assert_eq!(flow.may_read(), May::TakeTurns);
     }
 
     #[tokio::test]
@@ -221,7 +212,11 @@ mod tests {
         let (flow, mut pace) = (Flow::default(), Pace::default());
         let stands = flow.sets_out();
         turn(&mut pace, &flow).await;
-        assert_eq!(flow.may_read(), RECORD, "one does not hold up others");
+        assert_eq!(flow.may_read(), A_FRAME, "one does not hold up others");
+        flow.came(RECORD, 9);
+        assert_eq!(flow.may_read(), octets(9));
+        flow.came(9, 0);
+        assert_eq!(flow.may_read(), May::TakeTurns);
         let mut moves = flow.sets_out();
         for _ in 0..3 {
             turn(&mut pace, &flow).await;
@@ -256,8 +251,8 @@ mod tests {
             other.sets_out();
         }
         turn(&mut pace, &other).await;
-        assert_eq!(flow.may_read(), RECORD);
-        flow.came(SCARCE);
+        assert_eq!(flow.may_read(), A_FRAME);
+        flow.came(SCARCE, 0);
         assert_eq!(flow.may_read(), May::TakeTurns);
         flow.sets_out();
         assert_eq!(flow.may_read(), May::Wait);

@@ -10,7 +10,8 @@ use std::time::Instant;
 /// The preface is no frame (§3.4).
 const PREFACE: usize = 24;
 
-const HEAD: usize = 9;
+/// Octets that a frame begins with.
+pub(super) const HEAD: usize = 9;
 
 /// A reset costs as much as two other frames: what it resets has been begun. Not more, for clients give up when a Delivery
 /// Service is slow, many at a time.
@@ -57,31 +58,43 @@ impl Frames {
         self.sent %= OCTETS_AN_UPDATE;
     }
 
-    /// Octets came from the client.
-    pub(super) fn came(&mut self, mut octets: &[u8]) -> Result<(), Abuse> {
-        let mut cost = 0u32;
+    /// Octets that are to come of a frame that has begun, once its head has.
+    pub(super) fn left(&self) -> usize {
+        self.skip
+    }
+
+    /// Octets came from the client, and there is room for so many of them: how many of them go there. Of a frame that has no room
+    /// only its head does: whoever reads that makes room for the frame, and what came before it would have to be moved.
+    pub(super) fn came(&mut self, octets: &[u8], room: usize) -> Result<usize, Abuse> {
+        let mut rest = octets.get(..room).unwrap_or(octets);
+        let (mut cost, mut passed) = (0u32, 0);
         loop {
-            let skipped = self.skip.min(octets.len());
+            let skipped = self.skip.min(rest.len());
             self.skip -= skipped;
-            octets = octets.get(skipped..).unwrap_or_default();
-            if octets.is_empty() {
+            passed += skipped;
+            rest = rest.get(skipped..).unwrap_or_default();
+            if rest.is_empty() {
                 break;
             }
             let wanted = self.head.get_mut(self.filled..).unwrap_or_default();
-            let taken = wanted.len().min(octets.len());
-            for (to, from) in wanted.iter_mut().zip(octets) {
+            let taken = wanted.len().min(rest.len());
+            for (to, from) in wanted.iter_mut().zip(rest) {
                 *to = *from;
             }
             self.filled += taken;
-            octets = octets.get(taken..).unwrap_or_default();
+            passed += taken;
+            rest = rest.get(taken..).unwrap_or_default();
             if self.filled == HEAD {
                 self.filled = 0;
                 let [a, b, c, kind, flags, ..] = self.head;
                 self.skip = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
                 cost = cost.saturating_add(self.cost(kind, flags));
+                if self.skip > room - passed {
+                    break;
+                }
             }
         }
-        self.charge(cost)
+        self.charge(cost).map(|()| passed)
     }
 
     fn cost(&mut self, kind: u8, flags: u8) -> u32 {
@@ -125,9 +138,12 @@ mod tests {
     use proptest::prelude::*;
     use std::time::Duration;
 
+    /// There is room for whatever comes.
+    const ALL: usize = usize::MAX;
+
     fn frames(burst: u32) -> Frames {
         let mut frames = Frames::new(Gcra::new(1, Duration::from_secs(3600), burst).unwrap());
-        frames.came(&[b'P'; PREFACE]).unwrap();
+        frames.came(&[b'P'; PREFACE], ALL).unwrap();
         frames
     }
 
@@ -142,9 +158,9 @@ mod tests {
     fn requests_are_free_and_what_moves_none_on_is_not() {
         let mut all = frames(10);
         for _ in 0..1000 {
-            all.came(&frame(1, 4, 60)).unwrap();
-            all.came(&frame(0, 0, 1000)).unwrap();
-            all.came(&frame(0, 1, 0)).unwrap();
+            all.came(&frame(1, 4, 60), ALL).unwrap();
+            all.came(&frame(0, 0, 1000), ALL).unwrap();
+            all.came(&frame(0, 1, 0), ALL).unwrap();
         }
         for (kind, flags, length, most) in [
             (6, 0, 8, 10),
@@ -159,10 +175,26 @@ mod tests {
         ] {
             let mut counted = frames(10);
             for _ in 0..most {
-                counted.came(&frame(kind, flags, length)).unwrap();
+                counted.came(&frame(kind, flags, length), ALL).unwrap();
             }
-            assert_eq!(counted.came(&frame(kind, flags, length)), Err(Abuse), "type {kind}");
+            assert_eq!(counted.came(&frame(kind, flags, length), ALL), Err(Abuse), "type {kind}");
         }
+    }
+
+    #[test]
+    fn of_a_frame_that_has_no_room_only_the_head_passes() {
+        let mut all = frames(10);
+        let small = [frame(1, 4, 20), frame(0, 0, 5)].concat();
+        let octets = [&small[..], &frame(0, 0, 1000), &frame(0, 1, 7)].concat();
+        assert_eq!(all.came(&octets, 500), Ok(small.len() + HEAD));
+        assert_eq!(all.left(), 1000);
+        // Room is made for it then.
+        let octets = &octets[small.len() + HEAD..];
+        assert_eq!(all.came(&octets[..600], 1000), Ok(600));
+        assert_eq!((all.came(&octets[600..], 400), all.left()), (Ok(400), 0));
+        assert_eq!((all.came(&octets[1000..], 5), all.left()), (Ok(5), 0), "of its head");
+        assert_eq!((all.came(&octets[1005..], 5), all.left()), (Ok(4), 7));
+        assert_eq!((all.came(&octets[1009..], 7), all.left()), (Ok(7), 0));
     }
 
     #[test]
@@ -170,26 +202,38 @@ mod tests {
         let mut counted = frames(1);
         counted.sent(512 * 100);
         for _ in 0..101 {
-            counted.came(&frame(8, 0, 4)).unwrap();
+            counted.came(&frame(8, 0, 4), ALL).unwrap();
         }
-        assert_eq!(counted.came(&frame(8, 0, 4)), Err(Abuse));
+        assert_eq!(counted.came(&frame(8, 0, 4), ALL), Err(Abuse));
     }
 
     proptest! {
         #[test]
-        fn however_the_octets_are_cut(cuts in prop::collection::vec(1usize..40, 1..60)) {
+        fn however_the_octets_are_cut(cuts in prop::collection::vec((1usize..40, 1usize..60), 1..60)) {
             let mut octets = vec![b'P'; PREFACE];
             for n in 0..20 {
                 octets.extend(frame(n % 10, 0, usize::from(n) * 3));
             }
             let control = Gcra::new(1, Duration::from_secs(3600), 1000).unwrap();
             let (mut whole, mut cut) = (Frames::new(control), Frames::new(control));
-            whole.came(&octets).unwrap();
+            prop_assert_eq!(whole.came(&octets, ALL), Ok(octets.len()));
+            // Where their heads end, and how long they are.
+            let heads = (0..20).scan(PREFACE, |at, n| {
+                let (head, length) = (*at + HEAD, n * 3);
+                *at = head + length;
+                Some((head, length))
+            });
+            let heads = Vec::from_iter(heads);
             let mut rest = &octets[..];
-            for length in cuts.iter().cycle() {
-                let (now, later) = rest.split_at((*length).min(rest.len()));
-                cut.came(now).unwrap();
-                rest = later;
+            for (length, room) in cuts.iter().cycle() {
+                let now = &rest[..(*length).min(rest.len())];
+                let (at, most) = (octets.len() - rest.len(), now.len().min(*room));
+                let too_large = heads.iter().find(|(head, length)| {
+                    (at + 1..=at + most).contains(head) && *length > at + room - head
+                });
+                let passed = cut.came(now, *room).unwrap();
+                prop_assert_eq!(passed, too_large.map_or(most, |(head, _)| head - at));
+                rest = &rest[passed..];
                 if rest.is_empty() {
                     break;
                 }

@@ -13,7 +13,7 @@ use super::stream::{Clock, Connection};
 use crate::forward::Stop;
 use crate::http1::{Answer, Chunks, End, Framing, Request, Share, Taken, skip_empty_lines, split};
 use crate::problem::Refusal;
-use crate::tls::{READ, Read, TlsStream};
+use crate::tls::{READ, RECORD, Read, Sink, TlsStream};
 use bytes::{Bytes, BytesMut};
 use http::{Method, Version, header};
 use hyper::body::{Body as _, Frame};
@@ -26,10 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, AsyncWriteExt as _, BufReader, ReadBuf};
-
-/// Octets of an upload that are read at once where there are many.
-const RECORD: usize = 16 * 1024;
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, AsyncWriteExt as _, BufReader};
 
 /// Octets of a body that nobody wants that are passed over, so that the next request can follow.
 const SKIPPED: u64 = 16 * 1024;
@@ -51,7 +48,7 @@ pub(super) trait Transport: AsyncBufRead + AsyncRead + AsyncWrite + Unpin + Send
 
     /// Reads so much; where that is nothing, what was read before and not taken is to be had: pending, with nobody to wake, where
     /// there is none.
-    fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>>;
+    fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, into: &mut dyn Sink) -> Poll<io::Result<()>>;
 
     /// Reads what comes after the end, and looks at nothing of it: how many octets, 0 where no more come.
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>>;
@@ -62,8 +59,8 @@ impl Transport for TlsStream<Stream> {
         self.poll_take(cx, most, read)
     }
 
-    fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.poll_octets(cx, read, buf)
+    fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, into: &mut dyn Sink) -> Poll<io::Result<()>> {
+        self.poll_octets(cx, read, into)
     }
 
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
@@ -81,11 +78,17 @@ impl Transport for BufReader<Stream> {
         Poll::Ready(Ok(taken))
     }
 
-    fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, into: &mut dyn Sink) -> Poll<io::Result<()>> {
         if read == Read::Nothing && self.buffer().is_empty() {
             return Poll::Pending;
         }
-        Pin::new(self).poll_read(cx, buf)
+        let mut this = Pin::new(self);
+        if let Some(read) = into.poll_read_from(cx, this.as_mut()) {
+            return read;
+        }
+        let taken = into.put(ready!(this.as_mut().poll_fill_buf(cx))?);
+        this.consume(taken);
+        Poll::Ready(Ok(()))
     }
 
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
@@ -141,7 +144,7 @@ impl Wire {
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         // What comes with a head is kept for longer than what comes later.
         self.ample = None;
-        let came = ready!(self.stream.poll_take(cx, READ, Read::Record))?;
+        let came = ready!(self.stream.poll_take(cx, READ, Read::Octets(RECORD)))?;
         let octets = came.len();
         if self.buffer.is_empty() {
             self.buffer = BytesMut::from(came);
@@ -156,7 +159,7 @@ impl Wire {
         // What was taken before is with its node.
         self.ample = None;
         let ample = Share::of_requests();
-        let read = if ample.is_some() { Read::Amply } else { Read::Record };
+        let read = if ample.is_some() { Read::Amply } else { Read::Octets(RECORD) };
         let came = ready!(self.stream.poll_take(cx, most, read))?;
         self.ample = ample.filter(|_| came.len() > RECORD);
         Poll::Ready(Ok(came))

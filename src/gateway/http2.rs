@@ -6,14 +6,14 @@
 
 use super::exchange::{self, Answer, PIECES_AT_ONCE, Rules};
 use super::flow::{May, Pace};
-use super::frames::Frames;
+use super::frames::{Abuse, Frames};
 use super::http1::Transport;
 use super::session::{Rest, Session};
 use super::stream::{Clock, Connection, End, Ends, OnIt};
 use crate::config::Http2;
 use crate::forward::poll_room;
 use crate::http1::{date, is_of_connection};
-use crate::tls::Read;
+use crate::tls::{Read, Sink};
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
@@ -34,11 +34,14 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Octets of a body that may be on their way on a stream, and on a connection: what may have to be held of them. Room is given back
 /// when octets have gone on, so that uploads whose nodes stand still take room of those beside them: there is some for eight.
-const STREAM_WINDOW: u32 = 64 * 1024;
+///
+/// A stream's is of two frames: nobody sends less than one because there is no more room, and h2, which says that half of it is free
+/// again, does so for each. With room for more, or said for two at a time, half as much again was held of 64 uploads.
+const STREAM_WINDOW: u32 = 2 * FRAME;
 const CONNECTION_WINDOW: u32 = 8 * STREAM_WINDOW;
 
-/// Octets of a DATA frame at most, with its head those of an allocation. Whoever sends as many has them read as one.
-const FRAME: u32 = 32 * 1024 - 9;
+/// Octets of a DATA frame at most. Whoever sends as many has them read as one.
+pub(super) const FRAME: u32 = 32 * 1024;
 
 /// How long a client may take to hear that its connection ends.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -304,6 +307,45 @@ fn closed() -> io::Error {
     io::ErrorKind::NotConnected.into()
 }
 
+/// What goes to h2 of what comes.
+struct Passed<'a, 'b> {
+    buf: &'a mut ReadBuf<'b>,
+    frames: Option<&'a mut Frames>,
+    is_full: bool,
+    are_too_many: bool,
+}
+
+impl Sink for Passed<'_, '_> {
+    fn put(&mut self, octets: &[u8]) -> usize {
+        let room = self.buf.remaining();
+        let taken = match &mut self.frames {
+            Some(frames) => match frames.came(octets, room) {
+                Ok(taken) => {
+                    // h2 makes room for a frame whose head it has.
+                    self.is_full = frames.left() > room - taken;
+                    taken
+                }
+                Err(Abuse) => {
+                    self.are_too_many = true;
+                    0
+                }
+            },
+            None => octets.len().min(room),
+        };
+        self.buf.put_slice(octets.get(..taken).unwrap_or_default());
+        taken
+    }
+
+    /// As it is, where nobody looks at it.
+    fn poll_read_from(&mut self, cx: &mut Context<'_>, from: Pin<&mut dyn AsyncRead>) -> Option<Poll<io::Result<()>>> {
+        self.frames.is_none().then(|| from.poll_read(cx, self.buf))
+    }
+
+    fn is_full(&self) -> bool {
+        self.is_full || self.are_too_many || self.buf.remaining() == 0
+    }
+}
+
 impl<T: Transport> AsyncRead for Stream<T> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
@@ -313,7 +355,9 @@ impl<T: Transport> AsyncRead for Stream<T> {
         let may = flow.may_read();
         // Though nothing may, what was read before is to be had.
         let read = if let May::Read(read) = may { read } else { Read::Nothing };
-        match inner.poll_octets(cx, read, buf)? {
+        let frames = this.frames.as_mut().map(|(frames, _)| frames);
+        let mut passed = Passed { buf: &mut *buf, frames, is_full: false, are_too_many: false };
+        match inner.poll_octets(cx, read, &mut passed)? {
             Poll::Ready(()) => {}
             Poll::Pending if may == May::TakeTurns => {
                 // It is woken once all others were, and those whom the system has something for.
@@ -324,22 +368,22 @@ impl<T: Transport> AsyncRead for Stream<T> {
             // That is over once the connection has begun.
             Poll::Pending => return this.clock.poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into())),
         }
-        let came = buf.filled().get(before..).unwrap_or_default();
-        flow.came(came.len());
-        if this.clock.is_set() {
-            this.begun += came.len();
-            if this.begun >= PREFACE {
-                this.clock.stop();
+        if passed.are_too_many {
+            if let Some((_, refused)) = &this.frames {
+                refused.inc();
             }
-        }
-        if let Some((frames, refused)) = &mut this.frames
-            && frames.came(came).is_err()
-        {
-            refused.inc();
             // Nothing of it is looked at any more.
             buf.set_filled(before);
             this.inner = None;
             return Poll::Ready(Err(io::Error::other("too many frames that move no request on")));
+        }
+        let came = buf.filled().len() - before;
+        flow.came(came, this.frames.as_ref().map_or(0, |(frames, _)| frames.left()));
+        if this.clock.is_set() {
+            this.begun += came;
+            if this.begun >= PREFACE {
+                this.clock.stop();
+            }
         }
         Poll::Ready(Ok(()))
     }

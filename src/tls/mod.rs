@@ -17,7 +17,7 @@ mod watch;
 pub use certificate::{Certificate, CertificateFiles, identity, not_after};
 pub use ocsp::OcspError;
 pub use store::CertificateStore;
-pub use stream::{READ, Read, TlsStream};
+pub use stream::{READ, RECORD, Read, Sink, TlsStream};
 pub use tickets::Tickets;
 pub use trust::{Roots, Trust, TrustFiles, roots, still_trusted, system_roots};
 pub use watch::Watch;

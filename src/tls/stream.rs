@@ -20,8 +20,9 @@ use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
 /// What a record has around what it says, if it is not padded (RFC 8446 §5.2): its head, its type, and a tag.
 const AROUND: usize = 5 + 1 + 16;
 
-/// What a record of 16 KiB takes: whoever has much to send sends these.
-const FULL_RECORD: usize = 16 * 1024 + AROUND;
+/// What a record says at most, and what that takes: whoever has much to send sends these.
+pub const RECORD: usize = 16 * 1024;
+const FULL_RECORD: usize = RECORD + AROUND;
 
 /// What is read at once at most, with a record that was left behind: four records of 16 KiB, or four frames of HTTP/2 of as much
 /// of which each has its head in a record of its own.
@@ -30,6 +31,9 @@ pub const READ: usize = 4 * (FULL_RECORD + 9 + AROUND);
 /// Octets that are encrypted at once, and what these take.
 const WRITE: usize = 48 * 1024;
 const WRITTEN: usize = 64 * 1024;
+
+/// Up to here what is kept has a place of a power of two: the allocator has something of its own for each size.
+const FEW_SIZES: usize = 16 * 1024;
 
 /// Octets of a ClientHello at most, with those of its records.
 const HELLO: usize = READ;
@@ -44,10 +48,24 @@ thread_local! {
 pub enum Read {
     /// Nothing: only what was read before is there.
     Nothing,
-    /// A record.
-    Record,
+    /// No more than records that say so many octets.
+    Octets(usize),
     /// As much as there is room for.
     Amply,
+}
+
+/// Who takes what is decrypted, where rustls has it.
+pub trait Sink {
+    /// Takes octets: how many. The rest comes again, before what comes after it.
+    fn put(&mut self, octets: &[u8]) -> usize;
+
+    /// It takes no more for now.
+    fn is_full(&self) -> bool;
+
+    /// Has octets read to where it wants them. None: it has to look at them first.
+    fn poll_read_from(&mut self, _: &mut Context<'_>, _: Pin<&mut dyn AsyncRead>) -> Option<Poll<io::Result<()>>> {
+        None
+    }
 }
 
 /// A place that the connections of this thread take turns in, while this is there.
@@ -78,7 +96,7 @@ impl Drop for Room {
 /// Octets that are still to be processed.
 #[derive(Default)]
 struct Incoming {
-    /// A [`Room`]'s, while records are read or there are whole ones; else a place of their size.
+    /// A [`Room`]'s, while records are read or there are whole ones; else a place of about their size.
     octets: Box<[u8]>,
     from: usize,
     to: usize,
@@ -151,14 +169,20 @@ impl Incoming {
         self.octets.get_mut(length..).unwrap_or_default()
     }
 
-    /// Puts them into a place of their size, or none, and gives the one that is shared back.
+    /// Puts them into a place of about their size, or none, and gives the one that is shared back.
     fn settle(&mut self) {
         if self.octets.len() != READ {
             return;
         }
-        let rest = Box::from(&*self.octets());
-        ROOM_TO_READ.set(Some(std::mem::replace(&mut self.octets, rest)));
-        (self.from, self.to) = (0, self.octets.len());
+        let length = self.len();
+        let mut rest = Vec::new();
+        if length > 0 {
+            rest.reserve_exact(if length > FEW_SIZES { length } else { length.next_power_of_two() });
+            rest.extend_from_slice(self.octets());
+            rest.resize(rest.capacity(), 0);
+        }
+        ROOM_TO_READ.set(Some(std::mem::replace(&mut self.octets, rest.into())));
+        (self.from, self.to) = (0, length);
     }
 }
 
@@ -209,7 +233,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
     }
 
     /// Processes the records that have come whole, all of them or until nothing more goes `into` there. What does not is kept.
-    fn process(&mut self, mut into: Option<&mut ReadBuf<'_>>) -> io::Result<()> {
+    /// Whether something went there.
+    fn process(&mut self, mut into: Option<&mut dyn Sink>) -> io::Result<bool> {
+        let mut went = false;
         loop {
             let rest = self.incoming.octets();
             let left = rest.len();
@@ -217,7 +243,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
             let mut goes_on = true;
             match state {
                 Ok(ConnectionState::ReadTraffic(mut traffic)) => {
-                    if into.is_none() && self.plain.capacity() == self.plain.len() {
+                    if into.is_none() {
                         // No more comes out than went in, and less by what each record has around it.
                         self.plain.reserve(left.saturating_sub(AROUND));
                     }
@@ -225,19 +251,22 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                         let record = record.map_err(bad)?;
                         discard += record.discard;
                         let mut payload = record.payload;
-                        if let Some(buf) = &mut into
+                        if let Some(sink) = &mut into
                             && self.plain.is_empty()
                         {
-                            let (now, later) = payload.split_at(payload.len().min(buf.remaining()));
-                            buf.put_slice(now);
-                            payload = later;
+                            let taken = sink.put(payload);
+                            went |= taken > 0;
+                            payload = payload.get(taken..).unwrap_or_default();
+                            if !payload.is_empty() && payload.len() <= FEW_SIZES {
+                                self.plain.reserve(payload.len().next_power_of_two());
+                            }
                         }
                         self.plain.extend_from_slice(payload);
                     }
-                    goes_on = into.as_ref().is_none_or(|buf| buf.remaining() > 0 && self.plain.is_empty());
+                    goes_on = into.as_ref().is_none_or(|sink| !sink.is_full() && self.plain.is_empty());
                     if !goes_on {
                         self.incoming.advance(discard);
-                        return Ok(());
+                        return Ok(went);
                     }
                 }
                 Ok(ConnectionState::EncodeTlsData(mut message)) => {
@@ -266,7 +295,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
             self.incoming.advance(discard);
             if !goes_on {
                 self.has_records = false;
-                return Ok(());
+                return Ok(went);
             }
         }
     }
@@ -292,9 +321,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         &mut self,
         cx: &mut Context<'_>,
         read: Read,
-        mut into: Option<&mut ReadBuf<'_>>,
+        mut into: Option<&mut dyn Sink>,
     ) -> Poll<io::Result<bool>> {
-        let free = into.as_ref().map_or(0, |buf| buf.remaining());
         loop {
             if self.is_read_closed && !self.has_failed {
                 return Poll::Ready(Ok(false));
@@ -312,14 +340,15 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                 ready!(came)?;
             }
             let was_handshaking = self.connection.is_handshaking();
-            let processed = self.process(into.as_deref_mut());
+            let processed = match &mut into {
+                Some(sink) => self.process(Some(*sink)),
+                None => self.process(None),
+            };
             if !self.has_records || processed.is_err() {
                 self.incoming.settle();
             }
             let _ = self.poll_send(cx)?;
-            processed?;
-            let has_come = into.as_ref().map_or(0, |buf| buf.remaining()) < free;
-            if has_come || !self.plain.is_empty() || was_handshaking {
+            if processed? || !self.plain.is_empty() || was_handshaking {
                 return Poll::Ready(Ok(true));
             }
         }
@@ -329,7 +358,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
     fn poll_records(&mut self, cx: &mut Context<'_>, read: Read) -> Poll<io::Result<()>> {
         let wanted = match read {
             Read::Nothing => return Poll::Pending,
-            Read::Record => of_one_record(self.incoming.octets()),
+            Read::Octets(octets) => of_records(octets, self.incoming.octets()),
             Read::Amply => READ,
         };
         let room = self.incoming.room();
@@ -362,12 +391,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
     ///
     /// # Errors
     /// The connection is gone, or what came is no TLS.
-    pub fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.plain.is_empty() && buf.remaining() > 0 {
-            return self.poll_read_more(cx, read, Some(buf)).map_ok(drop);
+    pub fn poll_octets(&mut self, cx: &mut Context<'_>, read: Read, into: &mut dyn Sink) -> Poll<io::Result<()>> {
+        if into.is_full() {
+            return Poll::Ready(Ok(()));
         }
-        let octets = self.plain.len().min(buf.remaining());
-        buf.put_slice(self.plain.get(..octets).unwrap_or_default());
+        if self.plain.is_empty() {
+            return self.poll_read_more(cx, read, Some(into)).map_ok(drop);
+        }
+        let octets = into.put(&self.plain);
         Pin::new(self).consume(octets);
         Poll::Ready(Ok(()))
     }
@@ -454,7 +485,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         }
         let processed = self.process(None);
         self.incoming.settle();
-        processed
+        processed.map(drop)
     }
 
     /// Encrypts octets and writes them out. Those that are not taken wait for the next write, or flush.
@@ -487,14 +518,15 @@ fn encode<D>(message: &mut EncodeTlsData<'_, D>, outgoing: &mut BytesMut) -> io:
     Ok(())
 }
 
-/// Octets to be read for one record, of which these have come.
-fn of_one_record(begun: &[u8]) -> usize {
+/// Octets to be read for records that say so many, of which these have come.
+fn of_records(octets: usize, begun: &[u8]) -> usize {
+    let full = |octets: usize| octets.saturating_add(octets.div_ceil(RECORD).saturating_mul(AROUND));
     match begun {
-        [_, _, _, high, low, ..] => match 5 + usize::from(u16::from_be_bytes([*high, *low])) {
-            whole if whole > begun.len() => whole - begun.len(),
-            _ => FULL_RECORD,
-        },
-        _ => FULL_RECORD - begun.len(),
+        [_, _, _, high, low, ..] => {
+            let whole = 5 + usize::from(u16::from_be_bytes([*high, *low]));
+            whole.saturating_sub(begun.len()) + full(octets.saturating_sub(whole.saturating_sub(AROUND)))
+        }
+        _ => full(octets.max(1)) - begun.len(),
     }
 }
 
@@ -534,6 +566,18 @@ async fn hello<IO: AsyncRead + AsyncWrite + Unpin>(io: &mut IO) -> io::Result<(B
         if hello.len() > HELLO {
             return Err(io::Error::new(ErrorKind::InvalidData, "a ClientHello that does not end"));
         }
+    }
+}
+
+impl Sink for ReadBuf<'_> {
+    fn put(&mut self, octets: &[u8]) -> usize {
+        let taken = octets.get(..self.remaining()).unwrap_or(octets);
+        self.put_slice(taken);
+        taken.len()
+    }
+
+    fn is_full(&self) -> bool {
+        self.remaining() == 0
     }
 }
 
@@ -714,7 +758,7 @@ mod tests {
                 while came < count {
                     // In the three ways that there are.
                     let piece = match came % 3 {
-                        0 => poll_fn(|cx| server.poll_take(cx, 20_000, [Read::Amply, Read::Record][came % 2]))
+                        0 => poll_fn(|cx| server.poll_take(cx, 20_000, [Read::Amply, Read::Octets(RECORD)][came % 2]))
                             .await
                             .unwrap()
                             .to_vec(),
@@ -752,12 +796,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn no_more_is_read_than_a_record_where_that_is_asked_for() {
+    async fn no_more_is_read_than_the_records_that_are_asked_for() {
         let side = side();
         let (mut client, mut server) = side.connected(&side.client(&[]), 1 << 20).await;
-        client.write_all(&octets(200_000)).await.unwrap();
+        client.write_all(&octets(400_000)).await.unwrap();
         client.flush().await.unwrap();
-        for read in [Read::Record, Read::Amply, Read::Record] {
+        for count in [2, 1, 3] {
+            let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, Read::Octets(count * RECORD))).await.unwrap();
+            assert_eq!((piece.len(), server.incoming.len()), (count * RECORD, 0));
+        }
+        // The beginning of another: it is finished before more is read.
+        let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, Read::Octets(RECORD + 9))).await.unwrap();
+        assert_eq!((piece.len(), server.incoming.len()), (RECORD, 9 + AROUND));
+        for octets in [9, RECORD] {
+            let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, Read::Octets(octets))).await.unwrap();
+            assert_eq!((piece.len(), server.incoming.len()), (RECORD, 0), "{octets}");
+        }
+        for read in [Read::Octets(RECORD), Read::Amply, Read::Octets(RECORD)] {
             let amply = read == Read::Amply;
             let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, read)).await.unwrap();
             let left = server.incoming.len();
@@ -765,9 +820,58 @@ mod tests {
             assert!(!amply || piece.len() >= 3 * 16 * 1024, "{}", piece.len());
             if amply {
                 // The rest of the record that has begun to come.
-                let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, Read::Record)).await.unwrap();
+                let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, Read::Octets(RECORD))).await.unwrap();
                 assert_eq!((piece.len(), server.incoming.len()), (16 * 1024, 0));
             }
+        }
+    }
+
+    /// It takes so many octets at a time, and is full then.
+    struct Takes(usize, Vec<u8>, bool);
+
+    impl Sink for Takes {
+        fn put(&mut self, octets: &[u8]) -> usize {
+            let taken = octets.get(..self.0).unwrap_or(octets);
+            self.1.extend_from_slice(taken);
+            self.2 = taken.len() == self.0;
+            taken.len()
+        }
+
+        fn is_full(&self) -> bool {
+            self.2
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_taken_comes_again_and_what_waits_has_a_place_of_few_sizes() {
+        let side = side();
+        for (takes, room) in [(9, 3_000), (16 * 1024, 20_000), (1_000, 17_000), (40_000, 1 << 20)] {
+            let (mut client, mut server) = side.connected(&side.client(&[]), room).await;
+            let sent = octets(150_000);
+            let write = async { client.write_all(&sent).await.and(client.flush().await).unwrap() };
+            let read = async {
+                let mut sink = Takes(takes, vec![], false);
+                while sink.1.len() < sent.len() {
+                    sink.2 = false;
+                    poll_fn(|cx| {
+                        let came = server.poll_octets(cx, Read::Amply, &mut sink);
+                        let place = server.incoming.octets.len();
+                        let length = server.incoming.len();
+                        let fits = place == length || (place < 2 * length && place.is_power_of_two());
+                        let fits = fits && (length > FEW_SIZES || place == 0 || place.is_power_of_two());
+                        assert!(came.is_ready() || fits, "{place} for {length}");
+                        came
+                    })
+                    .await
+                    .unwrap();
+                }
+                assert_eq!(sink.1, sent, "{takes}");
+            };
+            tokio::join!(write, read);
+            let waits = poll_fn(|cx| {
+                Poll::Ready(server.poll_octets(cx, Read::Amply, &mut Takes(9, vec![], false)).is_pending())
+            });
+            assert!(waits.await && held(&server) == 0);
         }
     }
 
