@@ -35,6 +35,11 @@ const WRITTEN: usize = 64 * 1024;
 /// Up to here what is kept has a place of a power of two: the allocator has something of its own for each size.
 const FEW_SIZES: usize = 16 * 1024;
 
+/// The size of the place for so many octets, of which there are some.
+fn place_for(octets: usize) -> usize {
+    if octets > FEW_SIZES { octets } else { octets.next_power_of_two() }
+}
+
 /// Octets of a ClientHello at most, with those of its records.
 const HELLO: usize = READ;
 
@@ -177,7 +182,7 @@ impl Incoming {
         let length = self.len();
         let mut rest = Vec::new();
         if length > 0 {
-            rest.reserve_exact(if length > FEW_SIZES { length } else { length.next_power_of_two() });
+            rest.reserve_exact(place_for(length));
             rest.extend_from_slice(self.octets());
             rest.resize(rest.capacity(), 0);
         }
@@ -257,8 +262,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                             let taken = sink.put(payload);
                             went |= taken > 0;
                             payload = payload.get(taken..).unwrap_or_default();
-                            if !payload.is_empty() && payload.len() <= FEW_SIZES {
-                                self.plain.reserve(payload.len().next_power_of_two());
+                            if !payload.is_empty() {
+                                self.plain.reserve(place_for(payload.len()));
                             }
                         }
                         self.plain.extend_from_slice(payload);
@@ -522,10 +527,13 @@ fn encode<D>(message: &mut EncodeTlsData<'_, D>, outgoing: &mut BytesMut) -> io:
 fn of_records(octets: usize, begun: &[u8]) -> usize {
     let full = |octets: usize| octets.saturating_add(octets.div_ceil(RECORD).saturating_mul(AROUND));
     match begun {
-        [_, _, _, high, low, ..] => {
-            let whole = 5 + usize::from(u16::from_be_bytes([*high, *low]));
-            whole.saturating_sub(begun.len()) + full(octets.saturating_sub(whole.saturating_sub(AROUND)))
-        }
+        [_, _, _, high, low, ..] => match 5 + usize::from(u16::from_be_bytes([*high, *low])) {
+            whole if whole > begun.len() => {
+                whole - begun.len() + full(octets.saturating_sub(whole.saturating_sub(AROUND)))
+            }
+            // It is whole, and rustls is not done with it: a message goes on in the next.
+            _ => full(octets.max(1)),
+        },
         _ => full(octets.max(1)) - begun.len(),
     }
 }
@@ -574,6 +582,10 @@ impl Sink for ReadBuf<'_> {
         let taken = octets.get(..self.remaining()).unwrap_or(octets);
         self.put_slice(taken);
         taken.len()
+    }
+
+    fn poll_read_from(&mut self, cx: &mut Context<'_>, from: Pin<&mut dyn AsyncRead>) -> Option<Poll<io::Result<()>>> {
+        Some(from.poll_read(cx, self))
     }
 
     fn is_full(&self) -> bool {
@@ -823,6 +835,25 @@ mod tests {
                 let piece = poll_fn(|cx| server.poll_take(cx, usize::MAX, Read::Octets(RECORD))).await.unwrap();
                 assert_eq!((piece.len(), server.incoming.len()), (16 * 1024, 0));
             }
+        }
+    }
+
+    #[test]
+    fn something_is_read_though_what_was_asked_for_is_there() {
+        let record = |says: usize| {
+            let mut record = vec![0x17, 3, 3, 0, 0];
+            record[3..].copy_from_slice(&u16::try_from(says + AROUND - 5).unwrap().to_be_bytes());
+            record.resize(says + AROUND, 7);
+            record
+        };
+        assert_eq!(of_records(100, &[]), 100 + AROUND);
+        assert_eq!(of_records(2 * RECORD, &[0x17, 3]), 2 * FULL_RECORD - 2);
+        assert_eq!(of_records(100, &record(300)[..200]), 300 + AROUND - 200);
+        assert_eq!(of_records(400, &record(300)[..200]), 300 + AROUND - 200 + 100 + AROUND);
+        // A message of TLS's own that the next record goes on with.
+        for whole in [record(300), [record(300), record(9)].concat()] {
+            assert_eq!(of_records(100, &whole), 100 + AROUND);
+            assert_eq!(of_records(0, &whole), 1 + AROUND);
         }
     }
 
