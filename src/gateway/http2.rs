@@ -6,7 +6,7 @@
 
 use super::exchange::{self, Answer, PIECES_AT_ONCE, Rules};
 use super::flow::{May, Pace};
-use super::frames::{Abuse, Frames};
+use super::frames::Frames;
 use super::http1::Transport;
 use super::session::{Rest, Session};
 use super::stream::{Clock, Connection, End, Ends, OnIt};
@@ -307,10 +307,10 @@ fn closed() -> io::Error {
     io::ErrorKind::NotConnected.into()
 }
 
-/// What goes to h2 of what comes.
+/// What goes to h2 of what comes, where frames are counted.
 struct Passed<'a, 'b> {
     buf: &'a mut ReadBuf<'b>,
-    frames: Option<&'a mut Frames>,
+    frames: &'a mut Frames,
     is_full: bool,
     are_too_many: bool,
 }
@@ -318,27 +318,14 @@ struct Passed<'a, 'b> {
 impl Sink for Passed<'_, '_> {
     fn put(&mut self, octets: &[u8]) -> usize {
         let room = self.buf.remaining();
-        let taken = match &mut self.frames {
-            Some(frames) => match frames.came(octets, room) {
-                Ok(taken) => {
-                    // h2 makes room for a frame whose head it has.
-                    self.is_full = frames.left() > room - taken;
-                    taken
-                }
-                Err(Abuse) => {
-                    self.are_too_many = true;
-                    0
-                }
-            },
-            None => octets.len().min(room),
+        let Ok(taken) = self.frames.came(octets, room) else {
+            self.are_too_many = true;
+            return 0;
         };
+        // h2 makes room for a frame whose head it has.
+        self.is_full = self.frames.left() > room - taken;
         self.buf.put_slice(octets.get(..taken).unwrap_or_default());
         taken
-    }
-
-    /// As it is, where nobody looks at it.
-    fn poll_read_from(&mut self, cx: &mut Context<'_>, from: Pin<&mut dyn AsyncRead>) -> Option<Poll<io::Result<()>>> {
-        self.frames.is_none().then(|| from.poll_read(cx, self.buf))
     }
 
     fn is_full(&self) -> bool {
@@ -355,9 +342,22 @@ impl<T: Transport> AsyncRead for Stream<T> {
         let may = flow.may_read();
         // Though nothing may, what was read before is to be had.
         let read = if let May::Read(read) = may { read } else { Read::Nothing };
-        let frames = this.frames.as_mut().map(|(frames, _)| frames);
-        let mut passed = Passed { buf: &mut *buf, frames, is_full: false, are_too_many: false };
-        match inner.poll_octets(cx, read, &mut passed)? {
+        let (polled, left) = match &mut this.frames {
+            Some((frames, refused)) => {
+                let mut passed = Passed { buf: &mut *buf, frames, is_full: false, are_too_many: false };
+                let polled = inner.poll_octets(cx, read, &mut passed)?;
+                if passed.are_too_many {
+                    refused.inc();
+                    // Nothing of it is looked at any more.
+                    buf.set_filled(before);
+                    this.inner = None;
+                    return Poll::Ready(Err(io::Error::other("too many frames that move no request on")));
+                }
+                (polled, frames.left())
+            }
+            None => (inner.poll_octets(cx, read, buf)?, 0),
+        };
+        match polled {
             Poll::Ready(()) => {}
             Poll::Pending if may == May::TakeTurns => {
                 // It is woken once all others were, and those whom the system has something for.
@@ -368,17 +368,8 @@ impl<T: Transport> AsyncRead for Stream<T> {
             // That is over once the connection has begun.
             Poll::Pending => return this.clock.poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into())),
         }
-        if passed.are_too_many {
-            if let Some((_, refused)) = &this.frames {
-                refused.inc();
-            }
-            // Nothing of it is looked at any more.
-            buf.set_filled(before);
-            this.inner = None;
-            return Poll::Ready(Err(io::Error::other("too many frames that move no request on")));
-        }
         let came = buf.filled().len() - before;
-        flow.came(came, this.frames.as_ref().map_or(0, |(frames, _)| frames.left()));
+        flow.came(came, left);
         if this.clock.is_set() {
             this.begun += came;
             if this.begun >= PREFACE {
