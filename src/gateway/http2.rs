@@ -324,8 +324,7 @@ impl Sink for Passed<'_, '_> {
         };
         // h2 makes room for a frame whose head it has.
         self.is_full = self.frames.left() > room - taken;
-        self.buf.put_slice(octets.get(..taken).unwrap_or_default());
-        taken
+        self.buf.put(octets.get(..taken).unwrap_or_default())
     }
 
     fn is_full(&self) -> bool {

@@ -5,7 +5,7 @@
 //! decrypted when it has. What goes out is encrypted in such a place too, and written from there; what is not taken of it is
 //! kept. So nothing is held for most connections most of the time, and many records are one call to the kernel.
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Buf as _, BufMut, Bytes, BytesMut};
 use rustls::ServerConfig;
 use rustls::server::{Acceptor, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, EncryptError, UnbufferedStatus};
@@ -38,6 +38,18 @@ const FEW_SIZES: usize = 16 * 1024;
 /// The size of the place for so many octets, of which there are some.
 fn place_for(octets: usize) -> usize {
     if octets > FEW_SIZES { octets } else { octets.next_power_of_two() }
+}
+
+/// Octets that are copied at once: few enough for glibc not to do it by `rep movsb`.
+const COPIED: usize = 1024;
+
+/// Copies octets. What is decrypted begins where a page does, and the payload of a frame nine octets behind that; from the one to the
+/// other, `rep movsb` takes twenty times as long on AMD's processors (Zen 3 and 4, where a copy goes to an address that is, within
+/// its page, up to 63 octets above the one it comes from).
+fn copy(octets: &[u8], to: &mut impl BufMut) {
+    for piece in octets.chunks(COPIED) {
+        to.put_slice(piece);
+    }
 }
 
 /// Octets of a ClientHello at most, with those of its records.
@@ -266,7 +278,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
                                 self.plain.reserve(place_for(payload.len()));
                             }
                         }
-                        self.plain.extend_from_slice(payload);
+                        copy(payload, &mut self.plain);
                     }
                     goes_on = into.as_ref().is_none_or(|sink| !sink.is_full() && self.plain.is_empty());
                     if !goes_on {
@@ -580,7 +592,7 @@ async fn hello<IO: AsyncRead + AsyncWrite + Unpin>(io: &mut IO) -> io::Result<(B
 impl Sink for ReadBuf<'_> {
     fn put(&mut self, octets: &[u8]) -> usize {
         let taken = octets.get(..self.remaining()).unwrap_or(octets);
-        self.put_slice(taken);
+        copy(taken, self);
         taken.len()
     }
 
