@@ -40,7 +40,7 @@ lint: setup ## Formatting and clippy
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 
 test: setup-test lint ## Formatting, clippy, and all tests; MOH_VECTORS=DIR has the shared vectors read, too
-	$(CARGO) test --locked --bench gateway --bench limits --bench tokens -- --test
+	$(CARGO) test --locked --bench copying --bench gateway --bench limits --bench tokens -- --test
 	$(CARGO) test --locked --lib --bins --tests
 
 setup-tls: setup ## What test-tls needs: testssl.sh, sslscan, jq and openssl (by apt)

@@ -8,6 +8,7 @@
 pub mod admission;
 pub mod cli;
 pub mod config;
+pub mod copying;
 pub mod dialect;
 pub mod download;
 pub mod egress;

@@ -4,6 +4,7 @@
 //! HTTP/1.1 is.
 
 use super::{Error, Head, Source, Stop, Times, http1};
+use crate::copying::copy;
 use bytes::Bytes;
 use h2::client::{Builder, ResponseFuture, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
@@ -208,7 +209,7 @@ impl Wire {
         }
         let room = MOST_GATHERED.saturating_sub(self.unwritten.len());
         let now = octets.get(..room).unwrap_or(octets);
-        self.unwritten.extend_from_slice(now);
+        copy(now, &mut self.unwritten);
         now.len()
     }
 

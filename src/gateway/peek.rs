@@ -5,6 +5,7 @@ use super::fields::all;
 use super::live::Live;
 use super::session::{Body, Session};
 use crate::config::host_of;
+use crate::copying::copy;
 use crate::dialect::{Endpoint, Head};
 use crate::forward::Stop;
 use crate::http1::length_of;
@@ -61,9 +62,11 @@ impl Held {
             self.first = chunk;
         } else {
             if self.more.is_empty() {
-                self.more.extend_from_slice(&self.first);
+                self.more.reserve(self.first.len() + chunk.len());
+                copy(&self.first, &mut self.more);
             }
-            self.more.extend_from_slice(&chunk);
+            self.more.reserve(chunk.len());
+            copy(&chunk, &mut self.more);
         }
     }
 }

@@ -5,7 +5,8 @@
 //! decrypted when it has. What goes out is encrypted in such a place too, and written from there; what is not taken of it is
 //! kept. So nothing is held for most connections most of the time, and many records are one call to the kernel.
 
-use bytes::{Buf as _, BufMut, Bytes, BytesMut};
+use crate::copying::{self, copy};
+use bytes::{Buf as _, Bytes, BytesMut};
 use rustls::ServerConfig;
 use rustls::server::{Acceptor, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, EncryptError, UnbufferedStatus};
@@ -40,17 +41,9 @@ fn place_for(octets: usize) -> usize {
     if octets > FEW_SIZES { octets } else { octets.next_power_of_two() }
 }
 
-/// Octets that are copied at once: few enough for glibc not to do it by `rep movsb`.
-const COPIED: usize = 1024;
-
-/// Copies octets. What is decrypted begins where a page does, and the payload of a frame nine octets behind that; from the one to the
-/// other, `rep movsb` takes twenty times as long on AMD's processors (Zen 3 and 4, where a copy goes to an address that is, within
-/// its page, up to 63 octets above the one it comes from).
-fn copy(octets: &[u8], to: &mut impl BufMut) {
-    for piece in octets.chunks(COPIED) {
-        to.put_slice(piece);
-    }
-}
+/// Where that begins in a place of ours: not a little below where rustls copies it to, which is behind the head of a record.
+const TO_WRITE: usize = 16;
+const RECORD_HEAD: usize = 5;
 
 /// Octets of a ClientHello at most, with those of its records.
 const HELLO: usize = READ;
@@ -629,10 +622,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<IO> {
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        if buf.is_empty() {
-            return Poll::Ready(Ok(0));
-        }
-        self.get_mut().poll_encrypted(cx, buf)
+        self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
     }
 
     fn poll_write_vectored(
@@ -643,21 +633,20 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
         let mut filled = bufs.iter().filter(|buf| !buf.is_empty());
         let (Some(first), second) = (filled.next(), filled.next()) else { return Poll::Ready(Ok(0)) };
         let this = self.get_mut();
-        if second.is_none() || first.len() >= WRITE {
+        let is_alone = second.is_none() || first.len() >= WRITE;
+        if is_alone && !copying::is_called_for(first, RECORD_HEAD) {
             return this.poll_encrypted(cx, first);
         }
         // They are to be one record as far as can be.
         let mut room = Room::to_read();
-        let mut length = 0;
+        let octets = room.octets.get_mut(TO_WRITE..TO_WRITE + WRITE).unwrap_or_default();
+        let mut free = &mut *octets;
         for buf in bufs {
-            let free = room.octets.get_mut(length..WRITE).unwrap_or_default();
-            let octets = buf.len().min(free.len());
-            if let (Some(free), Some(buf)) = (free.get_mut(..octets), buf.get(..octets)) {
-                free.copy_from_slice(buf);
-            }
-            length += octets;
+            let now = buf.get(..free.len()).unwrap_or(buf);
+            copy(now, &mut free);
         }
-        this.poll_encrypted(cx, room.octets.get(..length).unwrap_or_default())
+        let left = free.len();
+        this.poll_encrypted(cx, octets.get(..octets.len() - left).unwrap_or_default())
     }
 
     fn is_write_vectored(&self) -> bool {
