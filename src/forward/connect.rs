@@ -1,6 +1,7 @@
 //! Connections to peers, as they are made: TCP or a Unix socket, with TLS or without.
 
 use super::{ConnectError, Peer, Protocol, http1};
+use crate::copying::ByPieces;
 use crate::upstream::Target;
 use rustix::io::Errno;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -167,7 +168,7 @@ where
         let what = if http2 { "HTTP/2 was negotiated" } else { "HTTP/2 was not negotiated" };
         return Err(ConnectError::Tls(io::Error::other(what)));
     }
-    Ok((Box::new(stream), http2))
+    Ok((Box::new(ByPieces(stream)), http2))
 }
 
 fn refused(e: io::Error) -> ConnectError {

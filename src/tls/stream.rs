@@ -41,9 +41,10 @@ fn place_for(octets: usize) -> usize {
     if octets > FEW_SIZES { octets } else { octets.next_power_of_two() }
 }
 
-/// Where that begins in a place of ours: not a little below where rustls copies it to, which is behind the head of a record.
+/// Where what is to be encrypted begins in a place of ours: not a little below where rustls copies it to, behind a record's head.
 const TO_WRITE: usize = 16;
 const RECORD_HEAD: usize = 5;
+const _: () = assert!(TO_WRITE >= RECORD_HEAD && TO_WRITE + WRITE <= READ);
 
 /// Octets of a ClientHello at most, with those of its records.
 const HELLO: usize = READ;
@@ -637,7 +638,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
         if is_alone && !copying::is_called_for(first, RECORD_HEAD) {
             return this.poll_encrypted(cx, first);
         }
-        // They are to be one record as far as can be.
+        // Before the room is had, which may be this connection's own, or anything copied.
+        if !this.is_write_closed {
+            this.finish_records()?;
+            ready!(this.poll_send(cx))?;
+        }
+        // They are to be one record as far as can be; or one begins where rustls would be slow.
         let mut room = Room::to_read();
         let octets = room.octets.get_mut(TO_WRITE..TO_WRITE + WRITE).unwrap_or_default();
         let mut free = &mut *octets;
@@ -805,6 +811,35 @@ mod tests {
             let waits = poll_fn(|cx| Poll::Ready(server.poll_plain(cx, Read::Amply).is_pending())).await;
             assert!(waits);
             assert_eq!(held(&server), 0, "{room}");
+        }
+    }
+
+    #[tokio::test]
+    async fn it_is_one_whole_wherever_in_memory_it_begins() {
+        let side = side();
+        let config = side.client(&[]);
+        let sent = octets(WRITE + 200_000);
+        let round = sent.as_ptr().align_offset(4096);
+        for (at, length) in [(0, 1025), (4, RECORD), (5, RECORD), (0, WRITE), (0, WRITE + 1), (4090, 100_000)] {
+            let (mut client, mut server) = side.connected(&config, 1 << 20).await;
+            let piece = &sent[round + at..][..length];
+            assert_eq!(copying::is_called_for(piece, RECORD_HEAD), at != 5, "{at}");
+            for bufs in [&[io::IoSlice::new(piece)][..], &[io::IoSlice::new(piece), io::IoSlice::new(b"!")]] {
+                let all = bufs.iter().map(|buf| buf.len()).sum::<usize>();
+                let written = poll_fn(|cx| Pin::new(&mut server).poll_write_vectored(cx, bufs)).await.unwrap();
+                assert_eq!(written, all.min(WRITE), "{at}");
+                server.flush().await.unwrap();
+                let mut came = vec![0; written];
+                client.read_exact(&mut came).await.unwrap();
+                assert!(came == [piece, b"!"].concat()[..written], "{at}");
+            }
+            server.write_all(piece).await.unwrap();
+            server.shutdown().await.unwrap();
+            let mut came = vec![];
+            client.read_to_end(&mut came).await.unwrap();
+            assert!(came == piece, "{at}");
+            let late = poll_fn(|cx| Pin::new(&mut server).poll_write(cx, piece)).await;
+            assert_eq!(late.unwrap_err().kind(), ErrorKind::NotConnected);
         }
     }
 
