@@ -105,19 +105,27 @@ const MOST_AT_ONCE: usize = 256 << 20;
 // === impl Shard ===
 
 impl Shard {
-    /// Free buckets. Their memory is there from the start if it is to come `at_once` and the system can give it: else it comes page
-    /// by page, and a request waits for one to be cleared.
-    fn new(octets: usize, at_once: bool) -> std::io::Result<Self> {
-        let table = MmapMut::map_anon(octets)?;
+    /// Free buckets for so many shards. Their memory is there from the start if it is to come `at_once` and the system can give it: else
+    /// it comes page by page, and a request waits for one to be cleared.
+    fn tables(shards: usize, octets: usize, at_once: bool) -> std::io::Result<Vec<MmapMut>> {
+        let tables: std::io::Result<Vec<_>> = (0..shards).map(|_| MmapMut::map_anon(octets)).collect();
+        let tables = tables?;
         // In large pages a check of a table that is in no cache takes two thirds of the time (docs/limits.md): what else has
-        // to be fetched is the page tables. Where there are none it works without.
+        // to be fetched is the page tables. Where there are none it works without. Those of small shards are for several, which the
+        // system has put next to each other; before all are there it cannot give them.
         #[cfg(target_os = "linux")]
-        let _ = table.advise(memmap2::Advice::HugePage);
+        for table in &tables {
+            let _ = table.advise(memmap2::Advice::HugePage);
+        }
         #[cfg(target_os = "linux")]
-        if at_once {
+        for table in tables.iter().filter(|_| at_once) {
             let _ = table.advise(memmap2::Advice::PopulateWrite);
         }
-        Ok(Self { table, seen: 0, full_until: 0 })
+        Ok(tables)
+    }
+
+    fn new(table: MmapMut) -> Self {
+        Self { table, seen: 0, full_until: 0 }
     }
 
     #[inline]
@@ -194,9 +202,10 @@ impl<L: Locks> Memory<L> {
         let shards = if large >= 64 { large } else { small }.clamp(1, shards);
         let octets = ((budget / shards).saturating_sub(lock) / PAGE).max(1) * PAGE;
         let at_once = octets.saturating_mul(shards) <= MOST_AT_ONCE;
-        let shards: std::io::Result<_> = (0..shards).map(|_| Ok(L::mutex(Shard::new(octets, at_once)?))).collect();
+        let tables = Shard::tables(shards, octets, at_once)?;
+        let shards = tables.into_iter().map(|table| L::mutex(Shard::new(table))).collect();
         let buckets = octets / size_of::<Bucket>();
-        Ok(Self { shards: shards?, overflow: L::mutex(HashMap::new()), buckets, overflowed })
+        Ok(Self { shards, overflow: L::mutex(HashMap::new()), buckets, overflowed })
     }
 
     /// How many keys have room.
