@@ -27,6 +27,7 @@ mod soak;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -46,8 +47,13 @@ type Error = support::client::Error;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Turns in which half load is measured in a round.
+/// Turns that servers take in a round: what else the machine does comes and goes within seconds, and by shorter turns it comes to
+/// all. Half load has more, for its slowest hundredth goes further apart.
 const TURNS: u32 = 4;
+const TURNS_AT_HALF_LOAD: u32 = 12;
+
+/// How much longer all of these take.
+const AT_HALF_LOAD: f64 = 2.0;
 
 /// Descriptors that what sends needs beside its idle connections.
 const SPARE: usize = 1000;
@@ -60,7 +66,7 @@ struct Arguments {
     /// The gateway to start [default: the moh-gateway that was built beside this program]
     #[arg(long, value_name = "PATH", global = true)]
     gateway: Option<PathBuf>,
-    /// How often everything is measured, in turn [default: 7, of growth 3, or 2 with --quick]
+    /// How often everything is measured, in turn [default: 5, of growth 3, or 2 with --quick]
     #[arg(long, global = true)]
     rounds: Option<usize>,
     /// Shorter measurements, which are printed and written nowhere; of a soak, that it is written nowhere
@@ -167,7 +173,7 @@ async fn compare(arguments: &Arguments) -> Result<(), Error> {
 }
 
 fn extent(arguments: &Arguments) -> Result<Extent, Error> {
-    let (rounds, seconds, connections, memory) = if arguments.quick { (2, 0.4, 1000, 1) } else { (7, 1.5, 10_000, 3) };
+    let (rounds, seconds, connections, memory) = if arguments.quick { (2, 0.8, 1000, 1) } else { (5, 1.5, 10_000, 5) };
     let rounds = arguments.rounds.unwrap_or(rounds).max(1);
     let most = process::descriptors()?.saturating_sub(SPARE);
     if most < connections {
@@ -199,26 +205,30 @@ async fn measure(
     }
     for round in 0..extent.rounds {
         for case in extent.cases.iter().copied() {
-            servers.rotate_left(1);
             // Bodies of megabytes are few in a second.
             let seconds = if case.size < MIB { extent.seconds } else { 2.0 * extent.seconds };
-            let (mut lowest, mut told) = (f64::INFINITY, vec![]);
-            for server in &servers {
-                let cost = generator.saturate(server, case, seconds).await;
-                let cost = cost.map_err(|error| server.failed(&case, &error))?;
-                told.push(format!("{} {:.1} µs", server.kind.name(), cost.micros));
-                if Kind::COMPARED.contains(&server.kind) {
-                    lowest = lowest.min(cost.rate);
+            // Large bodies are too few for more turns.
+            let (turns, at_half_load) = if case.size < MIB { (TURNS, TURNS_AT_HALF_LOAD) } else { (1, 1) };
+            let mut rates = BTreeMap::<Kind, f64>::new();
+            for turn in 0..turns {
+                let mut told = vec![];
+                for server in &servers {
+                    let cost = generator.saturate(server, case, seconds / f64::from(turns)).await;
+                    let cost = cost.map_err(|error| server.failed(&case, &error))?;
+                    told.push(format!("{} {:.1} µs", server.kind.name(), cost.micros));
+                    if Kind::COMPARED.contains(&server.kind) {
+                        *rates.entry(server.kind).or_default() += cost.rate / f64::from(turns);
+                    }
+                    results.costs.entry((server.kind, case)).or_default().push(cost);
                 }
-                results.costs.entry((server.kind, case)).or_default().push(cost);
+                eprintln!("round {}.{} of {}, {case}: {}", round + 1, turn + 1, extent.rounds, told.join(", "));
+                servers.rotate_left(1);
             }
-            eprintln!("round {} of {}, {case}: {}", round + 1, extent.rounds, told.join(", "));
-            // What else the machine does comes and goes within seconds: by shorter turns it comes to all. Large bodies are too
-            // few for that.
-            let turns = if case.size < MIB { TURNS } else { 1 };
-            for _ in 0..turns {
+            let lowest = rates.into_values().fold(f64::INFINITY, f64::min);
+            let span = if turns > 1 { AT_HALF_LOAD * seconds } else { seconds } / f64::from(at_half_load);
+            for _ in 0..at_half_load {
                 for server in servers.iter().filter(|server| Kind::COMPARED.contains(&server.kind)) {
-                    let waits = generator.half_load(server, case, lowest / 2.0, seconds / f64::from(turns)).await;
+                    let waits = generator.half_load(server, case, lowest / 2.0, span).await;
                     let waits = waits.map_err(|error| server.failed(&case, &error))?;
                     results.waits.entry((server.kind, case)).or_default().push(waits);
                 }

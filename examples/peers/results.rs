@@ -1,4 +1,4 @@
-//! What was measured, and what it comes to: medians of rounds, and of what they have in relation to each other.
+//! What was measured, and what it comes to: medians of turns, and of what they have in relation to each other.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,7 +14,7 @@ pub const P99: usize = 1;
 /// What p99 may be beside the better peer's.
 pub const WAIT_BAR: f64 = 1.1;
 
-/// Everything, round by round.
+/// Everything, turn by turn.
 #[derive(Debug, Default)]
 pub struct Results {
     pub costs: BTreeMap<(Kind, Case), Vec<Cost>>,
@@ -34,7 +34,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Of two that were measured in the same rounds.
+    /// Of two that were measured in the same turns.
     pub fn of(ours: &[f64], theirs: &[f64], how: fn(f64, f64) -> f64) -> Spread {
         let mut each: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| how(*ours, *theirs)).collect();
         each.sort_by(f64::total_cmp);
@@ -74,7 +74,7 @@ impl Results {
         self.rates.keys().copied()
     }
 
-    /// Of each round.
+    /// Of each turn.
     pub fn costs(&self, kind: Kind, case: Case, what: fn(&Cost) -> f64) -> Vec<f64> {
         self.costs[&(kind, case)].iter().map(what).collect()
     }
