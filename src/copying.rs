@@ -21,14 +21,13 @@ const ROUND: usize = 512;
 /// So far above another, within a page, is too near to it.
 const NEAR: std::ops::Range<usize> = 1..16;
 
-/// Copies octets to where others end.
-///
-/// # Panics
-/// There is no room for them, and none can be made: as [`BufMut::put_slice`].
-pub fn copy(octets: &[u8], to: &mut impl BufMut) {
+/// Copies octets to where others end, as many as there is or can be made room for: how many.
+pub fn copy(octets: &[u8], to: &mut impl BufMut) -> usize {
+    let octets = octets.get(..to.remaining_mut()).unwrap_or(octets);
     for piece in octets.chunks(PIECE) {
         to.put_slice(piece);
     }
+    octets.len()
 }
 
 /// Whether that is what it may take: somebody else would copy these at once, to so many octets behind where a place begins.
@@ -94,11 +93,13 @@ mod tests {
         let octets = octets(5000);
         for length in [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 5000] {
             let (mut buffer, mut place) = (BytesMut::from("before"), [0; 5000]);
-            copy(&octets[..length], &mut buffer);
+            assert_eq!(copy(&octets[..length], &mut buffer), length);
             assert_eq!(buffer, [b"before", &octets[..length]].concat());
-            copy(&octets[..length], &mut &mut place[..]);
+            assert_eq!(copy(&octets[..length], &mut &mut place[..]), length);
             assert_eq!(place[..length], octets[..length]);
             assert!(place[length..].iter().all(|octet| *octet == 0));
+            assert_eq!(copy(&octets, &mut &mut place[..length]), length, "there is no more room");
+            assert_eq!(place[..length], octets[..length]);
         }
     }
 

@@ -52,9 +52,6 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const TURNS: u32 = 4;
 const TURNS_AT_HALF_LOAD: u32 = 12;
 
-/// How much longer all of these take.
-const AT_HALF_LOAD: f64 = 2.0;
-
 /// Descriptors that what sends needs beside its idle connections.
 const SPARE: usize = 1000;
 
@@ -205,10 +202,11 @@ async fn measure(
     }
     for round in 0..extent.rounds {
         for case in extent.cases.iter().copied() {
-            // Bodies of megabytes are few in a second.
-            let seconds = if case.size < MIB { extent.seconds } else { 2.0 * extent.seconds };
-            // Large bodies are too few for more turns.
-            let (turns, at_half_load) = if case.size < MIB { (TURNS, TURNS_AT_HALF_LOAD) } else { (1, 1) };
+            // Bodies of megabytes are few in a second, and too few for more turns.
+            let (seconds, turns, turns_at_half_load) = match case.size < MIB {
+                true => (extent.seconds, TURNS, TURNS_AT_HALF_LOAD),
+                false => (2.0 * extent.seconds, 1, 1),
+            };
             let mut rates = BTreeMap::<Kind, f64>::new();
             for turn in 0..turns {
                 let mut told = vec![];
@@ -225,8 +223,8 @@ async fn measure(
                 servers.rotate_left(1);
             }
             let lowest = rates.into_values().fold(f64::INFINITY, f64::min);
-            let span = if turns > 1 { AT_HALF_LOAD * seconds } else { seconds } / f64::from(at_half_load);
-            for _ in 0..at_half_load {
+            let span = 2.0 * extent.seconds / f64::from(turns_at_half_load);
+            for _ in 0..turns_at_half_load {
                 for server in servers.iter().filter(|server| Kind::COMPARED.contains(&server.kind)) {
                     let waits = generator.half_load(server, case, lowest / 2.0, span).await;
                     let waits = waits.map_err(|error| server.failed(&case, &error))?;

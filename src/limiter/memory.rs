@@ -118,8 +118,10 @@ impl Shard {
             let _ = table.advise(memmap2::Advice::HugePage);
         }
         #[cfg(target_os = "linux")]
-        for table in tables.iter().filter(|_| at_once) {
-            let _ = table.advise(memmap2::Advice::PopulateWrite);
+        if at_once {
+            for table in &tables {
+                let _ = table.advise(memmap2::Advice::PopulateWrite);
+            }
         }
         Ok(tables)
     }

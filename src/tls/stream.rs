@@ -499,13 +499,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         processed.map(drop)
     }
 
-    /// Encrypts octets and writes them out. Those that are not taken wait for the next write, or flush.
-    fn poll_encrypted(&mut self, cx: &mut Context<'_>, plain: &[u8]) -> Poll<io::Result<usize>> {
-        if self.is_write_closed {
-            return Poll::Ready(Err(ErrorKind::NotConnected.into()));
-        }
-        self.finish_records()?;
-        ready!(self.poll_send(cx))?;
+    /// Encrypts octets and writes them out, where nothing else is to be processed or sent before. Those that are not taken wait for
+    /// the next write, or flush.
+    fn write_encrypted(&mut self, cx: &mut Context<'_>, plain: &[u8]) -> io::Result<usize> {
         let plain = plain.get(..WRITE).unwrap_or(plain);
         let mut room = Room::to_write();
         let length = self.encrypt(plain, &mut room.octets)?;
@@ -515,7 +511,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
             Poll::Pending => 0,
         };
         self.outgoing.extend_from_slice(encrypted.get(written..).unwrap_or_default());
-        Poll::Ready(Ok(plain.len()))
+        Ok(plain.len())
     }
 }
 
@@ -585,9 +581,7 @@ async fn hello<IO: AsyncRead + AsyncWrite + Unpin>(io: &mut IO) -> io::Result<(B
 
 impl Sink for ReadBuf<'_> {
     fn put(&mut self, octets: &[u8]) -> usize {
-        let taken = octets.get(..self.remaining()).unwrap_or(octets);
-        copy(taken, self);
-        taken.len()
+        copy(octets, self)
     }
 
     fn poll_read_from(&mut self, cx: &mut Context<'_>, from: Pin<&mut dyn AsyncRead>) -> Option<Poll<io::Result<()>>> {
@@ -634,25 +628,24 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
         let mut filled = bufs.iter().filter(|buf| !buf.is_empty());
         let (Some(first), second) = (filled.next(), filled.next()) else { return Poll::Ready(Ok(0)) };
         let this = self.get_mut();
-        let is_alone = second.is_none() || first.len() >= WRITE;
-        if is_alone && !copying::is_called_for(first, RECORD_HEAD) {
-            return this.poll_encrypted(cx, first);
+        if this.is_write_closed {
+            return Poll::Ready(Err(ErrorKind::NotConnected.into()));
         }
         // Before the room is had, which may be this connection's own, or anything copied.
-        if !this.is_write_closed {
-            this.finish_records()?;
-            ready!(this.poll_send(cx))?;
+        this.finish_records()?;
+        ready!(this.poll_send(cx))?;
+        let is_alone = second.is_none() || first.len() >= WRITE;
+        if is_alone && !copying::is_called_for(first, RECORD_HEAD) {
+            return Poll::Ready(this.write_encrypted(cx, first));
         }
         // They are to be one record as far as can be; or one begins where rustls would be slow.
         let mut room = Room::to_read();
         let octets = room.octets.get_mut(TO_WRITE..TO_WRITE + WRITE).unwrap_or_default();
-        let mut free = &mut *octets;
+        let (mut free, mut length) = (&mut *octets, 0);
         for buf in bufs {
-            let now = buf.get(..free.len()).unwrap_or(buf);
-            copy(now, &mut free);
+            length += copy(buf, &mut free);
         }
-        let left = free.len();
-        this.poll_encrypted(cx, octets.get(..octets.len() - left).unwrap_or_default())
+        Poll::Ready(this.write_encrypted(cx, octets.get(..length).unwrap_or_default()))
     }
 
     fn is_write_vectored(&self) -> bool {

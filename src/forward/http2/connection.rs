@@ -1,8 +1,8 @@
 //! A connection of HTTP/2: who is on it, what it takes, and the task that drives it.
 
-use super::super::http1;
 use crate::copying::copy;
-use bytes::Bytes;
+use crate::forward::http1;
+use bytes::{BufMut as _, Bytes};
 use h2::client::{Builder, SendRequest};
 use parking_lot::Mutex;
 use std::cell::Cell;
@@ -198,9 +198,7 @@ impl Wire {
             self.unwritten.reserve_exact(MOST_GATHERED);
         }
         let room = MOST_GATHERED.saturating_sub(self.unwritten.len());
-        let now = octets.get(..room).unwrap_or(octets);
-        copy(now, &mut self.unwritten);
-        now.len()
+        copy(octets, &mut (&mut self.unwritten).limit(room))
     }
 
     /// Writes out what is gathered, as far as it is taken.
