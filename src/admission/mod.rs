@@ -250,7 +250,7 @@ impl Admission {
         let mut outcomes = Outcomes::new();
         let ask = Ask { checks: &asked.checks, seconds: &asked.seconds, charge, partition: asked.partition };
         let said = self.limiter.decide(subject.at, &ask, &mut outcomes).await;
-        self.decided(subject, token, asked, outcomes, said)
+        self.decided(subject, token, &mut asked, outcomes, said)
     }
 
     /// As [`Admission::decide`], where nobody else has to be asked; none: limits are kept in a fleet's store.
@@ -263,7 +263,7 @@ impl Admission {
         let mut outcomes = Outcomes::new();
         let ask = Ask { checks: &asked.checks, seconds: &asked.seconds, charge, partition: asked.partition };
         let said = self.limiter.decide_at_once(subject.at, &ask, &mut outcomes)?;
-        Some(self.decided(subject, token, asked, outcomes, said))
+        Some(self.decided(subject, token, &mut asked, outcomes, said))
     }
 
     #[inline]
@@ -271,11 +271,12 @@ impl Admission {
         &self,
         subject: &Subject<'_>,
         token: bool,
-        asked: Asked,
+        asked: &mut Asked,
         outcomes: Outcomes,
         (pass, by): (bool, Decided),
     ) -> (Decision, Tally) {
-        let tally = Tally { of: asked.of, exempt: asked.exempt, said: outcomes, by };
+        let tally =
+            Tally { of: std::mem::take(&mut asked.of), exempt: std::mem::take(&mut asked.exempt), said: outcomes, by };
         let decision = match pass {
             true => Decision::Pass { topped_up: token && self.took_a_token(&tally) },
             false => self.refusal(subject, &asked.checks, &tally),

@@ -229,34 +229,47 @@ impl<L: Locks> Memory<L> {
     }
 
     /// Locks the shards of all keys, in ascending order, and has their first buckets fetched from memory at one time: one after
-    /// another they would take as long each. Returns the time to decide at, too.
-    #[inline(always)] // what it returns is made where it is used, and not copied
-    fn lock(&self, now: u64, keys: impl Iterator<Item = Key>) -> (Guards<'_, L>, Spots, u64) {
-        let mut wanted: SmallVec<[u32; 12]> = SmallVec::new();
-        let mut spots: Spots = keys
-            .map(|key| {
-                let words = ((key.0 >> 64) as u64, key.0 as u64);
-                let (first, second) = self.buckets_of(words);
-                let shard = key.shard(self.shards.len()) as u32;
-                wanted.push(shard);
-                // A shard has less than 2^32 buckets: they would be half a tebioctet.
-                Spot { held: shard, first: first as u32, second: second as u32, words }
-            })
-            .collect();
-        wanted.sort_unstable();
-        wanted.dedup();
-        let mut guards: Guards<'_, L> =
-            wanted.iter().filter_map(|i| Some(L::lock(self.shards.get(*i as usize)?))).collect();
+    /// another they would take as long each. Returns the time to decide at. `guards` and `spots` are empty before: they are
+    /// large, and made where they stay.
+    #[inline]
+    fn lock<'a>(
+        &'a self,
+        now: u64,
+        keys: impl Iterator<Item = Key>,
+        guards: &mut Guards<'a, L>,
+        spots: &mut Spots,
+    ) -> u64 {
+        // The shards, and below each whose it is. A shard has less than 2^32 buckets: they would be half a tebioctet.
+        let mut order: SmallVec<[u64; 12]> = SmallVec::new();
+        for (key, place) in keys.zip(0..) {
+            let words = ((key.0 >> 64) as u64, key.0 as u64);
+            let (first, second) = self.buckets_of(words);
+            order.push((key.shard(self.shards.len()) as u64) << 32 | place);
+            spots.push(Spot { held: u32::MAX, first: first as u32, second: second as u32, words });
+        }
+        order.sort_unstable();
+        let mut last = None;
+        for entry in &order {
+            let (shard, place) = ((entry >> 32) as usize, *entry as u32 as usize);
+            if last != Some(shard) {
+                let Some(lock) = self.shards.get(shard) else { continue };
+                guards.push(L::lock(lock));
+                last = Some(shard);
+            }
+            if let Some(spot) = spots.get_mut(place) {
+                spot.held = guards.len() as u32 - 1;
+            }
+        }
+        // A bucket is two cache lines. Nothing else is done here: the processor looks only so far ahead.
         let mut fetched = 0;
-        for spot in &mut spots {
-            spot.held = wanted.iter().position(|shard| *shard == spot.held).map_or(u32::MAX, |held| held as u32);
+        for spot in spots.iter() {
             let bucket = guards.get(spot.held as usize).and_then(|shard| shard.bucket(spot.first as usize));
-            fetched ^= bucket.map_or(0, |words| words[0][0]);
+            fetched ^= bucket.map_or(0, |words| words[0][0] ^ words[SPILLED][0]);
         }
         std::hint::black_box(fetched);
         let now = guards.iter().fold(now, |now, shard| now.max(shard.seen));
         guards.iter_mut().for_each(|shard| shard.seen = now);
-        (guards, spots, now)
+        now
     }
 
     /// The place of a key and its theoretical arrival time, 0 if it has none.
@@ -353,7 +366,8 @@ impl<L: Locks> Memory<L> {
     /// enforced ones do.
     pub fn decide(&self, now: u64, ask: &Ask<'_>, outcomes: &mut Outcomes) -> bool {
         outcomes.clear();
-        let (mut guards, spots, now) = self.lock(now, ask.keys());
+        let (mut guards, mut spots) = (Guards::<L>::new(), Spots::new());
+        let now = self.lock(now, ask.keys(), &mut guards, &mut spots);
         let (first_spots, second_spots) = spots.split_at(ask.checks.len().min(spots.len()));
         let mut overflow: Option<L::Guard<'_, HashMap<Key, u64>>> = None;
         // What is charged is written at once and taken back if a later limit refuses: two keys of one request that find
@@ -429,7 +443,8 @@ impl<L: Locks> Memory<L> {
                 }
             }
             for (key, tat) in entries {
-                let (mut guards, spots, now) = self.lock(now, std::iter::once(key));
+                let (mut guards, mut spots) = (Guards::<L>::new(), Spots::new());
+                let now = self.lock(now, std::iter::once(key), &mut guards, &mut spots);
                 for spot in &spots {
                     if let (slot @ Slot::Place { .. }, known) = self.find(&mut guards, spot, now) {
                         Self::set(&mut guards, spot, slot, tat.max(known));
@@ -447,7 +462,8 @@ impl<L: Locks> Memory<L> {
 
     /// Charges what has been used already, whether or not there is so much.
     pub fn charge(&self, now: u64, checks: &[Check]) {
-        let (mut guards, spots, now) = self.lock(now, checks.iter().map(|check| check.key));
+        let (mut guards, mut spots) = (Guards::<L>::new(), Spots::new());
+        let now = self.lock(now, checks.iter().map(|check| check.key), &mut guards, &mut spots);
         for (check, spot) in checks.iter().zip(&spots) {
             match self.find(&mut guards, spot, now) {
                 (slot @ Slot::Place { .. }, tat) => {
