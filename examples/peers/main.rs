@@ -49,8 +49,11 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Turns that servers take in a round: what else the machine does comes and goes within seconds, and by shorter turns it comes to
 /// all. Half load has more, for its slowest hundredth goes further apart.
-const TURNS: u32 = 4;
-const TURNS_AT_HALF_LOAD: u32 = 12;
+const TURNS: u32 = 2;
+const TURNS_AT_HALF_LOAD: u32 = 6;
+
+/// Seconds for which a server is sent requests before it is measured.
+const WARM: f64 = 0.3;
 
 /// Descriptors that what sends needs beside its idle connections.
 const SPARE: usize = 1000;
@@ -63,7 +66,7 @@ struct Arguments {
     /// The gateway to start [default: the moh-gateway that was built beside this program]
     #[arg(long, value_name = "PATH", global = true)]
     gateway: Option<PathBuf>,
-    /// How often everything is measured, in turn [default: 5, of growth 3, or 2 with --quick]
+    /// How often everything is measured, in turn [default: 9, of growth 3, or 2 with --quick]
     #[arg(long, global = true)]
     rounds: Option<usize>,
     /// Shorter measurements, which are printed and written nowhere; of a soak, that it is written nowhere
@@ -170,7 +173,7 @@ async fn compare(arguments: &Arguments) -> Result<(), Error> {
 }
 
 fn extent(arguments: &Arguments) -> Result<Extent, Error> {
-    let (rounds, seconds, connections, memory) = if arguments.quick { (2, 0.8, 1000, 1) } else { (5, 1.5, 10_000, 5) };
+    let (rounds, seconds, connections, memory) = if arguments.quick { (2, 0.4, 1000, 1) } else { (9, 0.75, 10_000, 7) };
     let rounds = arguments.rounds.unwrap_or(rounds).max(1);
     let most = process::descriptors()?.saturating_sub(SPARE);
     if most < connections {
@@ -186,27 +189,33 @@ fn extent(arguments: &Arguments) -> Result<Extent, Error> {
     Ok(Extent { rounds, seconds, connections: connections.min(most), memory, cases })
 }
 
-/// What requests cost and how long they wait: each case by all servers, one after the other, and another first each time.
+/// What requests cost and how long they wait: each case by all servers, one after the other, and another first each time. In each
+/// round they are started anew: where the system puts a process's memory is worth some hundredths, for as long as it lives.
 async fn measure(
     place: &Place,
     generator: &Arc<Generator>,
     extent: &Extent,
     results: &mut Results,
 ) -> Result<(), Error> {
-    if extent.cases.is_empty() {
-        return Ok(());
-    }
-    let mut servers = vec![];
-    for kind in Kind::ALL {
-        servers.push(place.start(kind, generator).await?);
-    }
+    let Some(first) = extent.cases.first() else { return Ok(()) };
     for round in 0..extent.rounds {
+        let mut kinds = Kind::ALL;
+        kinds.rotate_left(round % Kind::ALL.len());
+        let mut servers = vec![];
+        for kind in kinds {
+            let server = place.start(kind, generator).await?;
+            // What a process does once is not for requests.
+            let warm = generator.saturate(&server, *first, WARM).await;
+            warm.map_err(|error| server.failed(first, &error))?;
+            servers.push(server);
+        }
         for case in extent.cases.iter().copied() {
             // Bodies of megabytes are few in a second, and too few for more turns.
             let (seconds, turns, turns_at_half_load) = match case.size < MIB {
                 true => (extent.seconds, TURNS, TURNS_AT_HALF_LOAD),
                 false => (2.0 * extent.seconds, 1, 1),
             };
+            let at_half_load = 2.0 * seconds / f64::from(turns_at_half_load);
             let mut rates = BTreeMap::<Kind, f64>::new();
             for turn in 0..turns {
                 let mut told = vec![];
@@ -223,13 +232,13 @@ async fn measure(
                 servers.rotate_left(1);
             }
             let lowest = rates.into_values().fold(f64::INFINITY, f64::min);
-            let span = 2.0 * extent.seconds / f64::from(turns_at_half_load);
             for _ in 0..turns_at_half_load {
                 for server in servers.iter().filter(|server| Kind::COMPARED.contains(&server.kind)) {
-                    let waits = generator.half_load(server, case, lowest / 2.0, span).await;
+                    let waits = generator.half_load(server, case, lowest / 2.0, at_half_load).await;
                     let waits = waits.map_err(|error| server.failed(&case, &error))?;
                     results.waits.entry((server.kind, case)).or_default().push(waits);
                 }
+                servers.rotate_left(1);
             }
             results.rates.entry(case).or_default().push(lowest / 2.0);
         }
