@@ -13,7 +13,7 @@ use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::time::Sleep;
 
@@ -76,6 +76,8 @@ pub(super) struct Ends<'a> {
     /// When its certificate is over.
     until: Option<Pin<Box<Sleep>>>,
     closes: bool,
+    /// Who is woken by what is said first.
+    waits: Option<Waker>,
 }
 
 impl<'a> Ends<'a> {
@@ -86,13 +88,12 @@ impl<'a> Ends<'a> {
             // The clock may be set; and nothing waits for a century.
             Box::pin(tokio::time::sleep(left.min(LONGEST)))
         });
-        Self { connection, until, closes: false }
+        Self { connection, until, closes: false, waits: None }
     }
 
     /// Its peer is not admitted any more, or its certificate is over; or it is to close, which is said once.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
-        let told = |connection: &Connection, closes: &mut bool| {
-            let ends = connection.ends.load(Ordering::Acquire);
+        let told = |ends: u8, closes: &mut bool| {
             if ends & CUT != 0 {
                 return Poll::Ready(End::Cut);
             }
@@ -101,16 +102,23 @@ impl<'a> Ends<'a> {
             }
             Poll::Pending
         };
+        let said = || self.connection.ends.load(Ordering::Acquire);
         if let Some(until) = &mut self.until
             && pin!(tokio::task::unconstrained(until.as_mut())).poll(cx).is_ready()
         {
             return Poll::Ready(End::Cut);
         }
-        if let Poll::Ready(end) = told(self.connection, &mut self.closes) {
+        let ends = said();
+        if let Poll::Ready(end) = told(ends, &mut self.closes) {
             return Poll::Ready(end);
         }
+        // As long as nothing has been said, nobody has taken the waker.
+        if ends == 0 && self.waits.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            return Poll::Pending;
+        }
         self.connection.waits.register(cx.waker());
-        told(self.connection, &mut self.closes)
+        self.waits = Some(cx.waker().clone());
+        told(said(), &mut self.closes)
     }
 }
 
@@ -196,7 +204,8 @@ impl Connection {
     pub(super) fn begin(self: &Arc<Self>) -> OnIt {
         self.linger.store(false, Ordering::Relaxed);
         self.requests.fetch_add(1, Ordering::Relaxed);
-        self.so_far.fetch_add(1, Ordering::Relaxed);
+        // There is one who begins them.
+        self.so_far.store(self.so_far() + 1, Ordering::Relaxed);
         OnIt(self.clone())
     }
 
@@ -297,6 +306,46 @@ impl Clock {
 mod tests {
     use super::*;
     use std::future::poll_fn;
+    use std::task::Wake;
+
+    /// Counts how often it is woken.
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    impl Woken {
+        fn take(&self) -> usize {
+            self.0.swap(0, Ordering::Relaxed)
+        }
+    }
+
+    #[test]
+    fn whoever_waits_for_an_end_is_woken_for_each() {
+        let address = SocketAddr::from(([127, 0, 0, 1], 1));
+        let connection = Connection::plain(address, address, prometheus::IntGauge::new("o", "o").unwrap());
+        let (woken, other) = (Arc::new(Woken::default()), Arc::new(Woken::default()));
+        let (waker, others) = (Waker::from(woken.clone()), Waker::from(other.clone()));
+        let mut ends = Ends::of(&connection);
+        let mut poll = |waker: &Waker| ends.poll(&mut Context::from_waker(waker));
+        assert!(poll(&waker).is_pending() && poll(&waker).is_pending());
+        assert!(poll(&others).is_pending(), "by another task");
+        connection.close();
+        assert_eq!((woken.take(), other.take()), (0, 1));
+        assert_eq!(poll(&waker), Poll::Ready(End::Close));
+        assert!(poll(&waker).is_pending());
+        // Who said so may wake late, when that has been heard.
+        connection.waits.wake();
+        assert_eq!(woken.take(), 1);
+        assert!(poll(&waker).is_pending());
+        connection.cut();
+        assert_eq!(woken.take(), 1);
+        assert_eq!(poll(&waker), Poll::Ready(End::Cut));
+    }
 
     #[tokio::test]
     async fn a_clock_goes_off_for_a_task_that_has_used_up_its_budget() {
