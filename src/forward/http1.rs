@@ -123,6 +123,8 @@ pub struct Exchange<S> {
     write: Duration,
     /// Until when something has to be read.
     read_until: Option<Instant>,
+    /// What time it is, where that is known, as long as it is asked for the first time.
+    pub(super) now: Option<Instant>,
 }
 
 impl<S> std::fmt::Debug for Exchange<S> {
@@ -137,7 +139,7 @@ impl<S: Source> Exchange<S> {
         let upload = Upload::new(head, source.length(), source.is_done());
         let answer = Answer::new(head.method == Method::HEAD);
         let Times { read, write, .. } = times;
-        Self { connection, source, upload, answer, is_reused: reused, read, write, read_until: None }
+        Self { connection, source, upload, answer, is_reused: reused, read, write, read_until: None, now: None }
     }
 
     /// Waits for the answer's head, and moves the body on meanwhile. To be asked until it is there, and not again.
@@ -145,7 +147,9 @@ impl<S: Source> Exchange<S> {
         if !matches!(self.answer.phase, Phase::Head) {
             return Poll::Ready(Err(broken("the answer's head has been there before")));
         }
-        let head = ready!(self.try_poll_head(cx));
+        let head = self.try_poll_head(cx);
+        self.now = None;
+        let head = ready!(head);
         match &head {
             // from now on the clock is that of the body
             Ok(_) => self.read_until = None,
@@ -268,7 +272,8 @@ impl<S: Source> Exchange<S> {
             Some(deadline) => deadline,
             None => {
                 // a time that long does not end
-                let Some(deadline) = Instant::now().checked_add(limit) else { return Poll::Pending };
+                let now = self.now.take().unwrap_or_else(Instant::now);
+                let Some(deadline) = now.checked_add(limit) else { return Poll::Pending };
                 *until = Some(deadline);
                 deadline
             }

@@ -142,12 +142,12 @@ pub enum Error {
     Stopped(Stop),
 }
 
-/// A request and its answer.
+/// A request and its answer: in a place of its own, for it is large, and is handed on.
 pub enum Exchange<S: Source> {
     /// Over HTTP/1.1.
-    Http1(http1::Exchange<S>),
+    Http1(Box<http1::Exchange<S>>),
     /// Over HTTP/2.
-    Http2(http2::Exchange<S>),
+    Http2(Box<http2::Exchange<S>>),
 }
 
 impl<S: Source> Exchange<S> {

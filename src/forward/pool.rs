@@ -196,11 +196,23 @@ impl Link {
         matches!(self, Self::Http2(_))
     }
 
-    /// Begins with a request. `kept`: the connection was there before, and may have been closed meanwhile.
-    pub fn begin<S: Source>(self, kept: bool, head: &Head, source: S, times: Times) -> Exchange<S> {
+    /// Begins with a request. `kept`: the connection was there before, and may have been closed meanwhile. `now`: what time it is,
+    /// or was a moment ago, where that is known.
+    pub fn begin<S: Source>(
+        self,
+        kept: bool,
+        head: &Head,
+        source: S,
+        times: Times,
+        now: Option<Instant>,
+    ) -> Exchange<S> {
         match self {
-            Self::Http1(connection) => Exchange::Http1(http1::Exchange::begin(connection, kept, head, source, times)),
-            Self::Http2(slot) => Exchange::Http2(http2::Exchange::begin(slot, kept, head, source, times)),
+            Self::Http1(connection) => {
+                let mut exchange = Box::new(http1::Exchange::begin(connection, kept, head, source, times));
+                exchange.now = now;
+                Exchange::Http1(exchange)
+            }
+            Self::Http2(slot) => Exchange::Http2(Box::new(http2::Exchange::begin(slot, kept, head, source, times))),
         }
     }
 }
@@ -243,15 +255,22 @@ impl Clients {
         self.shards.get(key as usize % SHARDS).unwrap_or(first)
     }
 
-    /// A connection for a request, and whether it was there before.
+    /// As [`Clients::link_at`], now.
+    #[cfg(test)]
+    pub async fn link(&self, peer: &Peer) -> Result<(Link, bool), ConnectError> {
+        self.link_at(peer, &mut None).await
+    }
+
+    /// A connection for a request, and whether it was there before. `now`: what time it is, where that is known; afterwards, if
+    /// nothing was waited for.
     ///
     /// # Errors
     /// There is none, and none can be made; or the one that is waited for cannot.
-    pub async fn link(&self, peer: &Peer) -> Result<(Link, bool), ConnectError> {
+    pub async fn link_at(&self, peer: &Peer, now: &mut Option<Instant>) -> Result<(Link, bool), ConnectError> {
         let key = key(peer);
         let mut until = None;
         loop {
-            match self.step(key, peer) {
+            match self.step(key, peer, *now.get_or_insert_with(Instant::now)) {
                 Step::Idle(Idle { mut connection, .. }) => {
                     if connection.is_usable() {
                         return Ok((Link::Http1(connection), true));
@@ -264,6 +283,7 @@ impl Clients {
                 }
                 Step::Useless(_) => {}
                 Step::Wait(mut making) => {
+                    *now = None;
                     let until = *until.get_or_insert_with(|| Instant::now() + peer.times.connect.min(LONGEST));
                     let made = making.wait_for(|made| !matches!(made, Made::NotYet));
                     let made = Box::pin(tokio::time::timeout_at(until, made)).await;
@@ -274,6 +294,7 @@ impl Clients {
                     }
                 }
                 Step::Make(maker) => {
+                    *now = None;
                     let until = until.unwrap_or_else(|| Instant::now() + peer.times.connect.min(LONGEST));
                     // Few requests need one: they have no room for it.
                     let made = Box::pin(tokio::time::timeout_at(until, make(peer))).await;
@@ -298,7 +319,7 @@ impl Clients {
     }
 
     /// What there is for a request now.
-    fn step(&self, key: Key, peer: &Peer) -> Step<'_> {
+    fn step(&self, key: Key, peer: &Peer, now: Instant) -> Step<'_> {
         let mut keys = self.shard(key).lock();
         let keepalive = peer.times.keepalive;
         let maker = |by| Step::Make(Maker { clients: self, key, keepalive, by });
@@ -312,7 +333,7 @@ impl Clients {
         };
         entry.keepalive = keepalive;
         if let Some(idle) = entry.idle.pop_back() {
-            if idle.since.elapsed() < entry.keepalive {
+            if now.saturating_duration_since(idle.since) < entry.keepalive {
                 return Step::Idle(idle);
             }
             // The others have been there for longer.
@@ -475,7 +496,7 @@ mod tests {
 
     async fn begin(clients: &Clients, peer: &Peer) -> Exchange<Body> {
         let (link, kept) = clients.link(peer).await.unwrap();
-        link.begin(kept, &head(Method::GET), Body::none(), peer.times)
+        link.begin(kept, &head(Method::GET), Body::none(), peer.times, None)
     }
 
     /// The number of the connection that a request was answered on.

@@ -180,12 +180,13 @@ impl RequestContext {
 
     /// Says what became of it, in metrics and in the access log.
     fn say(&mut self) {
-        let shared = self.shared.clone();
         let (body_in, body_out) = self.octets;
         if let Some(mut owing) = self.owing.take() {
             let (admission, owing) = &mut *owing;
             admission.owe(owing, body_in.saturating_sub(self.charged));
         }
+        let limits = self.refused.as_mut().map(|(_, _, limits)| std::mem::take(limits)).unwrap_or_default();
+        let shared = &self.shared;
         let reason = self.refused.as_ref().map(|(_, reason, _)| *reason);
         let provider = self.provider.as_deref().map(|p| Metrics::provider_label(&self.live.peers.named, p));
         shared.metrics.request(self.endpoint, self.decision, reason.unwrap_or_default(), provider);
@@ -216,7 +217,7 @@ impl RequestContext {
             status: self.status,
             decision: self.decision.label(),
             reason,
-            limits: self.refused.take().map(|(_, _, limits)| limits).unwrap_or_default(),
+            limits,
             token: self.used_token,
             body_in: usize::try_from(body_in).unwrap_or(usize::MAX),
             body_out: usize::try_from(body_out).unwrap_or(usize::MAX),

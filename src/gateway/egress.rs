@@ -189,12 +189,12 @@ impl Egress {
         session.body = peek::body(session, endpoint, &live)?;
         let reading = peek::Reading { endpoint, parameter: "", live: &live, gauge: &self.0.metrics.held };
         let read = peek::peek(session, &reading, &mut ctx.waited).await;
-        let held = read.map_err(|stop| {
+        let _held = read.map_err(|stop| {
             ctx.broken = stop.broken;
             stop.refusal
         })?;
         let head = peek::head(&session.head, "");
-        let envelope = endpoint.read(&head, held.octets()).map_err(Refusal::Malformed)?;
+        let envelope = endpoint.read(&head, session.held()).map_err(Refusal::Malformed)?;
         ctx.operation = Some(envelope.operation.name);
         ctx.about = envelope.group().or(envelope.target).map(|about| forward::group_hash(&about.octets()));
         if !envelope.recipient.is(&ctx.provider) {
@@ -268,12 +268,12 @@ impl Rules for Egress {
         })
     }
 
-    async fn peer(&self, ctx: &mut Outgoing) -> Result<Peer, Refusal> {
+    async fn peer(&self, ctx: &mut Outgoing) -> Result<(Peer, Instant), Refusal> {
         let (found, egress) = (ctx.found.clone().ok_or(Refusal::Internal)?, ctx.egress()?);
         let address = found.addresses.get(ctx.tried).filter(|_| ctx.tried < MOST_ADDRESSES);
         let address = *address.ok_or(Refusal::BadGateway)?;
         ctx.tried += 1;
-        Ok(Peer {
+        let peer = Peer {
             at: upstream::Target::Inet(address),
             tls: Some(egress.tls_to(&found.ds_domain).ok_or(Refusal::BadGateway)?),
             protocol: Protocol::Either,
@@ -284,7 +284,8 @@ impl Rules for Egress {
                 write: egress.settings.read_timeout,
                 keepalive: ctx.live.timeouts.keepalive,
             },
-        })
+        };
+        Ok((peer, Instant::now()))
     }
 
     fn unconnected(&self, e: &ConnectError, ctx: &mut Outgoing) -> Option<Refusal> {

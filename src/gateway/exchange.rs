@@ -68,8 +68,8 @@ pub(super) trait Rules: Send + Sync + Sized + 'static {
     /// What is sent, wherever it goes.
     fn head(&self, session: &Session, ctx: &mut Self::Ctx) -> Result<Head, Refusal>;
 
-    /// Where it goes next.
-    fn peer(&self, ctx: &mut Self::Ctx) -> impl Future<Output = Result<Peer, Refusal>> + Send;
+    /// Where it goes next, and when that is.
+    fn peer(&self, ctx: &mut Self::Ctx) -> impl Future<Output = Result<(Peer, Instant), Refusal>> + Send;
 
     /// There is no connection. None: another place is asked for.
     fn unconnected(&self, error: &ConnectError, ctx: &mut Self::Ctx) -> Option<Refusal>;
@@ -125,8 +125,9 @@ pub(super) fn serve<R: Rules>(
     mut session: impl BorrowMut<Session> + Send,
     on_it: OnIt,
 ) -> impl Future<Output = Result<Response<Answer<R>>, Gone>> + Send {
-    let ctx = rules.begin(session.borrow());
-    let mut under_way = Box::new(UnderWay { rules, ctx, exchange: None, peer: None, went: 0, late: None, on_it });
+    let ctx = |rules: &R| rules.begin(session.borrow());
+    let under_way = UnderWay { ctx: ctx(&rules), rules, exchange: None, peer: None, went: 0, late: None, on_it };
+    let mut under_way = Box::new(under_way);
     // An `async fn` would keep a second place for each of what it is given.
     async move {
         let session = session.borrow_mut();
@@ -149,12 +150,13 @@ async fn forward<R: Rules>(
     };
     for _ in 0..MOST_TRIES {
         let UnderWay { rules, ctx, .. } = &mut *under_way;
-        let peer = match rules.peer(ctx).await {
+        let (peer, now) = match rules.peer(ctx).await {
             Ok(peer) => peer,
             Err(refusal) => return Ok(refuse(session, under_way, &refusal)),
         };
         session.set_out();
-        let (link, kept) = match rules.shared().clients.link(&peer).await {
+        let mut now = Some(now.into());
+        let (link, kept) = match rules.shared().clients.link_at(&peer, &mut now).await {
             Ok(link) => link,
             Err(e) => match rules.unconnected(&e, ctx) {
                 Some(refusal) => return Ok(refuse(session, under_way, &refusal)),
@@ -164,7 +166,7 @@ async fn forward<R: Rules>(
         rules.connected(kept, ctx);
         let upload = session.upload(ctx.idle(), link.may_leave_untouched());
         // What is read of it from now on is on its way.
-        let exchange = under_way.exchange.insert(link.begin(kept, &head, upload, peer.times));
+        let exchange = under_way.exchange.insert(link.begin(kept, &head, upload, peer.times, now));
         under_way.late = under_way.ctx.until().map(|until| Box::pin(tokio::time::sleep_until(until.into())));
         let late = &mut under_way.late;
         let answered = std::future::poll_fn(|cx| match exchange.poll_head(cx) {

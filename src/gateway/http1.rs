@@ -171,8 +171,11 @@ impl Wire {
         cx: &mut Context<'_>,
         waits: &mut Waiting<'_>,
     ) -> Poll<Result<Option<Request>, Refusal>> {
-        let At::Head(end) = &mut self.at else { return Poll::Ready(Ok(None)) };
-        let mut end = std::mem::take(end);
+        let mut end = match &mut self.at {
+            At::Head(end) => std::mem::take(end),
+            At::Done => End::default(),
+            At::Length(_) | At::Chunked(_) | At::Unreadable => return Poll::Ready(Ok(None)),
+        };
         let request = loop {
             skip_empty_lines(&mut self.buffer);
             if !self.buffer.is_empty() {
@@ -325,9 +328,11 @@ fn broken(why: &'static str) -> Stop {
 // === impl Body ===
 
 impl Body {
-    /// More of it, never an empty piece. None: that was all.
-    pub(super) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
-        self.0.lock().poll_body(cx)
+    /// More of it, never an empty piece, and whether all of it has come. None: that was all.
+    pub(super) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<(Option<Result<Bytes, Stop>>, bool)> {
+        let mut wire = self.0.lock();
+        let chunk = ready!(wire.poll_body(cx));
+        Poll::Ready((chunk, matches!(wire.at, At::Done)))
     }
 
     /// All of it has come.
@@ -356,10 +361,13 @@ pub(super) async fn serve<R: Rules>(rules: Arc<R>, connection: Arc<Connection>, 
     let at = At::Head(End::default());
     let wire = Arc::new(Mutex::new(Wire { stream, buffer: BytesMut::new(), at, go_on: b"", ample: None }));
     let mut clock = Clock::default();
-    clock.set(Instant::now() + rules.shared().live.load().timeouts.headers);
+    // Looked at once for a request: with its answer, for the next.
+    let of = |rules: &R| rules.shared().live.load().timeouts;
+    let mut timeouts = of(&rules);
+    clock.set(Instant::now() + timeouts.headers);
     let mut is_first = true;
     loop {
-        let headers = rules.shared().live.load().timeouts.headers;
+        let headers = timeouts.headers;
         let mut waits = Waiting { clock: &mut clock, is_first, has_begun: false, headers };
         is_first = false;
         let request = poll_fn(|cx| {
@@ -376,8 +384,7 @@ pub(super) async fn serve<R: Rules>(rules: Arc<R>, connection: Arc<Connection>, 
             Err(refusal) => {
                 tracing::debug!(client = %connection.client, "no request: {}", refusal.reason());
                 connection.linger();
-                let limit = rules.shared().live.load().timeouts.body_total;
-                if refuse(&wire, &refusal, &mut clock, limit).await.is_err() {
+                if refuse(&wire, &refusal, &mut clock, timeouts.body_total).await.is_err() {
                     return;
                 }
                 break;
@@ -408,22 +415,15 @@ pub(super) async fn serve<R: Rules>(rules: Arc<R>, connection: Arc<Connection>, 
         let closes = !keeps || says_close || connection.closes();
         let answer = Answer::new(&head, body.length(), (&method, version), closes);
         drop(head);
-        let (limit, keepalive) = {
-            let timeouts = &rules.shared().live.load().timeouts;
-            (timeouts.body_total, timeouts.keepalive)
-        };
-        let closes = answer.closes;
+        timeouts = of(&rules);
+        let (closes, limit) = (answer.closes, timeouts.body_total);
         let mut writing = Writing { wire: &wire, answer, body, takes_trailers, clock: &mut clock, limit };
-        if poll_fn(|cx| writing.poll(cx)).await.is_err() {
-            return;
-        }
+        let Ok(has_come) = poll_fn(|cx| writing.poll(cx)).await else { return };
         drop(writing);
-        let mut wire = wire.lock();
-        if closes || !matches!(wire.at, At::Done) {
+        if closes || !has_come {
             break;
         }
-        wire.at = At::Head(End::default());
-        clock.set(Instant::now() + keepalive);
+        clock.set(Instant::now() + timeouts.keepalive);
     }
     let Some(wire) = Arc::into_inner(wire) else { return };
     end(wire.into_inner().stream, &connection).await;
@@ -438,7 +438,7 @@ async fn refuse(wire: &Mutex<Wire>, refusal: &Refusal, clock: &mut Clock, limit:
     let mut answer = Answer::new(&head, Some(body.len() as u64), (&Method::GET, Version::HTTP_11), true);
     answer.outgoing.add(body, true).and_then(|()| answer.outgoing.end()).map_err(|_| Gone)?;
     clock.stop();
-    poll_fn(|cx| poll_out(wire, &mut answer, clock, (limit, None), cx)).await
+    poll_fn(|cx| poll_out(wire, &mut answer, clock, (limit, None), cx)).await.map(drop)
 }
 
 /// An answer that is being written.
@@ -453,7 +453,8 @@ struct Writing<'a, R: Rules> {
 }
 
 impl<R: Rules> Writing<'_, R> {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
+    /// Whether all of the request has come, once all of its answer has gone.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Gone>> {
         let mut pieces = PIECES_AT_ONCE;
         loop {
             let waits = loop {
@@ -476,9 +477,9 @@ impl<R: Rules> Writing<'_, R> {
                 }
             };
             let until = (self.limit, self.body.until());
-            ready!(poll_out(self.wire, &mut self.answer, self.clock, until, cx))?;
+            let has_come = ready!(poll_out(self.wire, &mut self.answer, self.clock, until, cx))?;
             if self.body.is_end_stream() && self.answer.outgoing.is_ended() {
-                return Poll::Ready(Ok(()));
+                return Poll::Ready(Ok(has_come));
             }
             if waits {
                 // Whoever is not there any more needs no rest of it.
@@ -507,14 +508,15 @@ impl<R: Rules> Writing<'_, R> {
     }
 }
 
-/// Writes what there is of an answer, within its time: so long for some of it to be taken, and all of it until then.
+/// Writes what there is of an answer, within its time: so long for some of it to be taken, and all of it until then. Then it says
+/// whether all of the request has come.
 fn poll_out(
     wire: &Mutex<Wire>,
     answer: &mut Answer,
     clock: &mut Clock,
     (limit, until): (Duration, Option<Instant>),
     cx: &mut Context<'_>,
-) -> Poll<Result<(), Gone>> {
+) -> Poll<Result<bool, Gone>> {
     let mut wire = wire.lock();
     if wire.go_on.len() == GO_ON.len() {
         // Too late to say so.
@@ -533,7 +535,7 @@ fn poll_out(
     };
     if let Poll::Ready(written) = written {
         clock.stop();
-        return Poll::Ready(written.map_err(|_| Gone));
+        return Poll::Ready(written.map(|()| matches!(wire.at, At::Done)).map_err(|_| Gone));
     }
     let deadline = *answer.outgoing.until.get_or_insert_with(|| {
         let stands_still = Instant::now() + limit;

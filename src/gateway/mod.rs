@@ -111,8 +111,7 @@ enum AtOnce {
     Waits(Option<Box<(Verdict, Tally)>>),
 }
 
-fn limits_at_once(ctx: &mut RequestContext, subject: &Subject<'_>) -> Result<AtOnce, Refusal> {
-    let live = ctx.live.clone();
+fn limits_at_once(live: &Live, ctx: &mut RequestContext, subject: &Subject<'_>) -> Result<AtOnce, Refusal> {
     let admission = &live.admission;
     ctx.tickets = admission.enter(subject).map_err(limited)?;
     let required = admission.policy().token_required(subject.operation, subject.ip);
@@ -186,7 +185,7 @@ impl Gateway {
                 octets: 0,
                 at: ctx.now(),
             };
-            let admitted = self.limits_and_token(session, ctx, &subject).await;
+            let admitted = self.limits_and_token(session, ctx, &live, &subject).await;
             ctx.provider = provider;
             admitted?;
             return self.answer_it(session, ctx, of).map(Some);
@@ -199,23 +198,24 @@ impl Gateway {
 
         // peek
         if let By::Fetched(_) = endpoint.by {
-            Box::pin(self.admit_download(session, ctx, &connection, &parameter)).await?;
+            Box::pin(self.admit_download(session, ctx, (&live, &connection), &parameter)).await?;
             return Ok(None);
         }
         session.body = peek::body(session, endpoint, &live)?;
         let reading = peek::Reading { endpoint, parameter: &parameter, live: &live, gauge: &self.0.metrics.held };
         let read = peek::peek(session, &reading, &mut ctx.waited).await;
-        let held = read.map_err(|stop| {
+        let _held = read.map_err(|stop| {
             ctx.broken = stop.broken;
             stop.refusal
         })?;
+        let (session, octets) = (&*session, session.held());
         // What is not declared is what has come; the rest is charged when it is in.
         let declared = peek::content_length(&session.head);
         ctx.owes = declared.is_none() && !session.body_is_in();
-        ctx.charged = declared.unwrap_or(held.octets().len() as u64);
+        ctx.charged = declared.unwrap_or(octets.len() as u64);
         let head = peek::head(&session.head, &parameter);
-        let envelope = endpoint.read(&head, held.octets()).map_err(Refusal::Malformed)?;
-        self.identify_and_admit(session, ctx, &connection, &envelope).await?;
+        let envelope = endpoint.read(&head, octets).map_err(Refusal::Malformed)?;
+        self.identify_and_admit(session, ctx, (&live, &connection), &envelope).await?;
         Ok(None)
     }
 
@@ -224,10 +224,9 @@ impl Gateway {
         &self,
         session: &mut Session,
         ctx: &mut RequestContext,
-        connection: &Connection,
+        (live, connection): (&Live, &Connection),
         parameter: &str,
     ) -> Result<(), Refusal> {
-        let live = ctx.live.clone();
         if !session.body_is_in() {
             return Err(Refusal::BadHttp("a download has no body"));
         }
@@ -235,7 +234,7 @@ impl Gateway {
         let envelope = endpoint.read(&peek::head(&session.head, parameter), &[]).map_err(Refusal::Malformed)?;
         let listed = live.downloads.as_ref().ok_or(Refusal::Download(Refused::HostNotListed));
         let target = listed.and_then(|of| Target::read(parameter, &of.settings).map_err(Refusal::Download));
-        self.identify_and_admit(session, ctx, connection, &envelope).await?;
+        self.identify_and_admit(session, ctx, (live, connection), &envelope).await?;
         let (target, downloads) = (target?, live.downloads.clone().ok_or(Refusal::Internal)?);
         let download = Download::new(target, downloads).await.map_err(Refusal::Download)?;
         ctx.download = Some(Box::new(download));
@@ -246,10 +245,10 @@ impl Gateway {
         &self,
         session: &Session,
         ctx: &mut RequestContext,
-        connection: &Connection,
+        (live, connection): (&Live, &Connection),
         envelope: &Envelope<'_>,
     ) -> Result<(), Refusal> {
-        let (shared, live) = (&self.0, ctx.live.clone());
+        let shared = &self.0;
         ctx.operation = Some(envelope.operation.name);
         let group = envelope.group().map(|group| group.octets());
         let target = envelope.target.as_ref().map(Named::octets);
@@ -272,7 +271,7 @@ impl Gateway {
             octets: u32::try_from(ctx.charged).unwrap_or(u32::MAX),
             at: ctx.now(),
         };
-        let admitted = self.limits_and_token(session, ctx, &subject).await;
+        let admitted = self.limits_and_token(session, ctx, live, &subject).await;
         ctx.provider = provider;
         admitted
     }
@@ -284,9 +283,10 @@ impl Gateway {
         &self,
         session: &Session,
         ctx: &mut RequestContext,
+        live: &Live,
         subject: &Subject<'_>,
     ) -> Result<(), Refusal> {
-        match limits_at_once(ctx, subject)? {
+        match limits_at_once(live, ctx, subject)? {
             AtOnce::Passed => Ok(()),
             AtOnce::Waits(decided) => Box::pin(self.limits_and_token_waiting(session, ctx, subject, decided)).await,
         }
@@ -438,14 +438,16 @@ impl Rules for Gateway {
         fields::head(&session.head, path, of, &ctx.live.fields, &learned, ctx.live.privacy_pass.is_some())
     }
 
-    async fn peer(&self, ctx: &mut RequestContext) -> Result<Peer, Refusal> {
+    async fn peer(&self, ctx: &mut RequestContext) -> Result<(Peer, Instant), Refusal> {
         ctx.permit = None;
         if let Some(download) = &mut ctx.download {
-            return download.peer(&ctx.live.timeouts).ok_or(Refusal::Download(Refused::Unreachable));
+            let peer = download.peer(&ctx.live.timeouts).ok_or(Refusal::Download(Refused::Unreachable))?;
+            return Ok((peer, Instant::now()));
         }
-        let settings = self.0.nodes.settings();
         let now = ctx.decided_at.take().unwrap_or_else(Instant::now);
-        let Some(node) = self.0.nodes.choose_at(now, ctx.group_hash, &ctx.tried) else {
+        let (node, settings) = self.0.nodes.choose_at(now, ctx.group_hash, &ctx.tried);
+        let settings = &*ctx.settings.insert(settings);
+        let Some(node) = node else {
             return Err(if ctx.tried.any() {
                 Refusal::BadGateway
             } else {
@@ -453,16 +455,16 @@ impl Rules for Gateway {
             });
         };
         ctx.tried.note(&node);
-        ctx.node = Some(node.clone());
-        ctx.settings = Some(settings.clone());
-        let permit = node.enter(&settings).await;
+        let node = &*ctx.node.insert(node);
+        let permit = node.enter(settings).await;
         ctx.permit = permit.map_err(|_| Refusal::NodeBusy { retry_after: settings.queue_timeout })?;
         // Where there is a queue it may have waited in it.
         ctx.given_at = if ctx.permit.is_some() { Instant::now() } else { now };
-        forward::peer(&node, &settings, &self.0.node_tls).map_err(|e| {
+        let peer = forward::peer(node, settings, &self.0.node_tls).map_err(|e| {
             tracing::error!(node = %node.label(), "TLS to a Delivery Service node cannot be set up: {e}");
             Refusal::Internal
-        })
+        })?;
+        Ok((peer, ctx.given_at))
     }
 
     fn unconnected(&self, e: &ConnectError, ctx: &mut RequestContext) -> Option<Refusal> {

@@ -19,45 +19,52 @@ use std::future::poll_fn;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-/// What has come of a body. Most often one read is all, and it is not copied.
+/// Counts what is held of a body, for as long as it is, or is waited for what is said of it.
 #[derive(Debug)]
-pub(super) struct Held {
-    first: Bytes,
-    more: BytesMut,
-    /// Counts it, for as long as it is held.
-    gauge: IntGauge,
+pub(super) struct Counted<'a> {
+    gauge: &'a IntGauge,
+    octets: i64,
 }
 
-impl Drop for Held {
+impl Drop for Counted<'_> {
     fn drop(&mut self) {
-        self.gauge.sub(as_count(self.octets().len()));
+        self.gauge.sub(self.octets);
     }
 }
 
-fn as_count(octets: usize) -> i64 {
-    i64::try_from(octets).unwrap_or(i64::MAX)
+impl Counted<'_> {
+    fn add(&mut self, octets: usize) {
+        let octets = i64::try_from(octets).unwrap_or(i64::MAX);
+        self.gauge.add(octets);
+        self.octets = self.octets.saturating_add(octets);
+    }
 }
 
-impl Held {
-    fn new(gauge: &IntGauge) -> Self {
-        Self { first: Bytes::new(), more: BytesMut::new(), gauge: gauge.clone() }
+/// What has come of a body. Most often one read is all, and it is not copied.
+#[derive(Debug)]
+struct Held<'a> {
+    first: Bytes,
+    more: BytesMut,
+    counted: Counted<'a>,
+}
+
+impl<'a> Held<'a> {
+    fn new(gauge: &'a IntGauge) -> Self {
+        Self { first: Bytes::new(), more: BytesMut::new(), counted: Counted { gauge, octets: 0 } }
     }
 
     /// All that has come.
-    pub(super) fn octets(&self) -> &[u8] {
+    fn octets(&self) -> &[u8] {
         if self.more.is_empty() { &self.first } else { &self.more }
     }
 
     /// All that has come, to be sent on.
-    fn whole(&mut self) -> Bytes {
-        if !self.more.is_empty() {
-            self.first = std::mem::take(&mut self.more).freeze();
-        }
-        self.first.clone()
+    fn into_whole(self) -> (Bytes, Counted<'a>) {
+        (if self.more.is_empty() { self.first } else { self.more.freeze() }, self.counted)
     }
 
     fn push(&mut self, chunk: Bytes) {
-        self.gauge.add(as_count(chunk.len()));
+        self.counted.add(chunk.len());
         if self.first.is_empty() {
             self.first = chunk;
         } else {
@@ -152,17 +159,22 @@ pub(super) struct Reading<'a> {
     pub(super) gauge: &'a IntGauge,
 }
 
-/// Reads a body until its endpoint's reader has decided. What was read is what is sent on first. `waited` is lengthened by what was
-/// spent waiting for the client.
-pub(super) async fn peek(session: &mut Session, reading: &Reading<'_>, waited: &mut Duration) -> Result<Held, Stop> {
+/// Reads a body until its endpoint's reader has decided. What was read is then the session's ([`Session::held`]), and is what is
+/// sent on first. `waited` is lengthened by what was spent waiting for the client.
+pub(super) async fn peek<'a>(
+    session: &mut Session,
+    reading: &Reading<'a>,
+    waited: &mut Duration,
+) -> Result<Counted<'a>, Stop> {
     let mut held = Held::new(reading.gauge);
     let read = fill(&mut held, session, reading, waited).await;
-    session.hold(held.whole());
-    read.map(|()| held)
+    let (octets, counted) = held.into_whole();
+    session.hold(octets);
+    read.map(|()| counted)
 }
 
 async fn fill(
-    held: &mut Held,
+    held: &mut Held<'_>,
     session: &mut Session,
     reading: &Reading<'_>,
     waited: &mut Duration,
@@ -229,7 +241,7 @@ async fn once<T>(mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
     poll_fn(|cx| Poll::Ready(poll(cx))).await
 }
 
-fn still_missing(session: &Session, reading: &Reading<'_>, held: &Held) -> wire::Error {
+fn still_missing(session: &Session, reading: &Reading<'_>, held: &Held<'_>) -> wire::Error {
     match reading.endpoint.read(&head(&session.head, reading.parameter), held.octets()) {
         Err(error) => error,
         Ok(_) => wire::Error::Malformed { field: "body", offset: held.octets().len(), reason: "cut short" },

@@ -137,6 +137,11 @@ impl Session {
         self.held = octets;
     }
 
+    /// What of it is held.
+    pub(super) fn held(&self) -> &[u8] {
+        &self.held
+    }
+
     /// It is decided on: its body is on its way to a node.
     pub(super) fn set_out(&mut self) {
         if let Rest::Http2(body) = &mut self.rest {
@@ -191,11 +196,7 @@ impl Rest {
     fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Stop>>> {
         let (chunk, ends) = match self {
             Self::None => return Poll::Ready(None),
-            Self::Http1(body) => {
-                let chunk = ready!(body.poll_chunk(cx));
-                let ends = body.is_done();
-                (chunk, ends)
-            }
+            Self::Http1(body) => ready!(body.poll_chunk(cx)),
             Self::Http2(body) => {
                 let chunk = ready!(body.poll_chunk(cx));
                 let ends = body.stream.is_end_stream();

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use std::io::Write as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 
@@ -15,6 +15,8 @@ use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuild
 #[derive(Debug)]
 pub struct AccessLog {
     open: ArcSwapOption<Open>,
+    /// Something is open: each request asks.
+    is_on: AtomicBool,
     /// Lines lost while another was open.
     lost_before: AtomicU64,
 }
@@ -100,12 +102,16 @@ impl AccessLog {
     /// # Errors
     /// The file cannot be opened.
     pub fn open(settings: &config::AccessLog) -> std::io::Result<Self> {
-        Ok(Self { open: ArcSwapOption::new(Open::new(settings)?), lost_before: AtomicU64::new(0) })
+        let open = Open::new(settings)?;
+        let is_on = AtomicBool::new(open.is_some());
+        Ok(Self { open: ArcSwapOption::new(open), is_on, lost_before: AtomicU64::new(0) })
     }
 
     /// Writes to what another has opened from now on; what is queued goes to where it was.
     pub fn exchange(&self, with: &Self) {
-        let Some(before) = self.open.swap(with.open.load_full()) else { return };
+        let before = self.open.swap(with.open.load_full());
+        self.is_on.store(with.is_on(), Ordering::Relaxed);
+        let Some(before) = before else { return };
         // Who was about to write a line has it in the queue by then; to write the queue out is not for a request to wait for.
         std::thread::sleep(Duration::from_millis(50));
         drop(before.guard.lock().take());
@@ -114,7 +120,7 @@ impl AccessLog {
 
     /// Whether anything is written at all.
     pub fn is_on(&self) -> bool {
-        self.open.load().is_some()
+        self.is_on.load(Ordering::Relaxed)
     }
 
     /// Writes a line.

@@ -131,13 +131,13 @@ impl Nodes {
     /// Chooses a member, by the hash of a group where there is one: none that the request has been to, none that is
     /// out.
     pub fn choose(&self, group: Option<u128>, tried: &Tried) -> Option<Arc<Member>> {
-        self.choose_at(Instant::now(), group, tried)
+        self.choose_at(Instant::now(), group, tried).0
     }
 
-    /// As [`Nodes::choose`], at a time that is known.
-    pub fn choose_at(&self, now: Instant, group: Option<u128>, tried: &Tried) -> Option<Arc<Member>> {
+    /// As [`Nodes::choose`], at a time that is known; with the settings that it was chosen by.
+    pub fn choose_at(&self, now: Instant, group: Option<u128>, tried: &Tried) -> (Option<Arc<Member>>, Arc<Settings>) {
         let (now, current) = (self.clock.at(now), self.current.load());
-        match group.filter(|_| current.settings.by_group && current.members.len() > 1) {
+        let chosen = match group.filter(|_| current.settings.by_group && current.members.len() > 1) {
             Some(group) => {
                 let walk = current.layout.of_group(group).map(|member| (member, group));
                 current.choose(now, tried, group, walk)
@@ -149,7 +149,8 @@ impl Nodes {
                 let beyond = u128::from(self.turn.load(Ordering::Relaxed));
                 current.choose(now, tried, beyond, turns.take(current.layout.turns()))
             }
-        }
+        };
+        (chosen, current.settings.clone())
     }
 
     /// Other settings, from now on. Members at the same targets, spoken to in the same way, keep how they stand, and
@@ -380,7 +381,7 @@ mod tests {
         }
 
         fn choose(&self, seconds: f64, group: Option<u128>) -> Option<String> {
-            let chosen = self.nodes.choose_at(self.at(seconds), group, &Tried::default());
+            let chosen = self.nodes.choose_at(self.at(seconds), group, &Tried::default()).0;
             chosen.map(|member| member.label().to_owned())
         }
 

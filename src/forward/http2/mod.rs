@@ -434,7 +434,7 @@ mod tests {
 
     async fn begin(clients: &Clients, peer: &Peer, method: Method, body: Body) -> Any<Body> {
         let (link, kept) = clients.link(peer).await.unwrap();
-        link.begin(kept, &head(method), body, peer.times)
+        link.begin(kept, &head(method), body, peer.times, None)
     }
 
     async fn ask(clients: &Clients, peer: &Peer, method: Method, body: Body) -> Result<Whole, Error> {
@@ -506,7 +506,7 @@ mod tests {
         head.fields.push((http::HeaderName::from_static("x-field"), HeaderValue::from_static("x")));
         let (link, kept) = clients.link(&peer).await.unwrap();
         assert!(kept);
-        let got = answer(&mut link.begin(kept, &head, Body::none(), peer.times)).await.unwrap();
+        let got = answer(&mut link.begin(kept, &head, Body::none(), peer.times, None)).await.unwrap();
         assert_eq!(seen(&got), "GET http://localhost:81/path?query None 1");
         assert_eq!(connections.load(Ordering::Relaxed), 1);
     }
@@ -556,7 +556,7 @@ mod tests {
             let mut head = head(method);
             head.fields.push((http::HeaderName::from_static("code"), HeaderValue::from(code)));
             let (link, kept) = clients.link(&peer).await.unwrap();
-            let mut exchange = link.begin(kept, &head, Body::none(), peer.times);
+            let mut exchange = link.begin(kept, &head, Body::none(), peer.times, None);
             let parts = poll_fn(|cx| exchange.poll_head(cx)).await.unwrap();
             assert_eq!(parts.status, code);
             assert!(exchange.is_answered());
@@ -646,7 +646,7 @@ mod tests {
         let (link, kept) = clients.link(&peer).await.unwrap();
         let mut patient = head(Method::GET);
         patient.fields.push((http::HeaderName::from_static("patient"), HeaderValue::from_static("1")));
-        let mut patient = link.begin(kept, &patient, Body::none(), peer.times);
+        let mut patient = link.begin(kept, &patient, Body::none(), peer.times, None);
         let patient = async { answer(&mut patient).await.unwrap() };
         let impatient = async {
             for _ in 0..40 {
@@ -675,7 +675,7 @@ mod tests {
         for head in [wrong, nowhere] {
             let (link, kept) = clients.link(&peer).await.unwrap();
             assert!(kept);
-            let got = answer(&mut link.begin(kept, &head, Body::none(), peer.times)).await;
+            let got = answer(&mut link.begin(kept, &head, Body::none(), peer.times, None)).await;
             assert!(matches!(got, Err(Error::Broken(_))), "{got:?}");
         }
         assert!(clients.link(&peer).await.unwrap().1);
@@ -814,7 +814,7 @@ mod tests {
         let (link, kept) = clients.link(&peer).await.unwrap();
         drop(raw);
         tokio::time::sleep(SHORT).await;
-        let mut late = link.begin(kept, &head(Method::POST), Body::none(), peer.times);
+        let mut late = link.begin(kept, &head(Method::POST), Body::none(), peer.times, None);
         assert!(matches!(answer(&mut late).await, Err(Error::Untouched)));
         // And it is not given out again.
         let (link, _) = tokio::join!(clients.link(&peer), Raw::accept(&listener));
@@ -850,7 +850,7 @@ mod tests {
         let (link, kept) = clients.link(&quick).await.unwrap();
         let mut head = head(Method::GET);
         head.fields.push((http::HeaderName::from_static("begin"), HeaderValue::from_static("1")));
-        let mut exchange = link.begin(kept, &head, Body::none(), quick.times);
+        let mut exchange = link.begin(kept, &head, Body::none(), quick.times, None);
         poll_fn(|cx| exchange.poll_head(cx)).await.unwrap();
         assert!(poll_fn(|cx| exchange.poll_frame(cx)).await.unwrap().unwrap().is_data());
         let e = poll_fn(|cx| exchange.poll_frame(cx)).await.unwrap().unwrap_err();
