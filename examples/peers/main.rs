@@ -48,9 +48,8 @@ type Error = support::client::Error;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Turns that servers take in a round: what else the machine does comes and goes within seconds, and by shorter turns it comes to
-/// all. Half load has more, for its slowest hundredth goes further apart.
-const TURNS: u32 = 2;
-const TURNS_AT_HALF_LOAD: u32 = 6;
+/// all.
+const TURNS: u32 = 6;
 
 /// Seconds for which a server is sent requests before it is measured.
 const WARM: f64 = 0.3;
@@ -95,7 +94,7 @@ enum Role {
 /// How much is measured.
 struct Extent {
     rounds: usize,
-    /// Of each measurement.
+    /// Of each turn.
     seconds: f64,
     /// Idle, at once.
     connections: usize,
@@ -147,7 +146,8 @@ async fn compare(arguments: &Arguments) -> Result<(), Error> {
         report::split(&document, report::PEERS)?;
     }
     let extent = extent(arguments)?;
-    let setting = format!("{} rounds of {} s in turn; {}", extent.rounds, extent.seconds, servers::setting()?);
+    let (rounds, seconds) = (extent.rounds, extent.seconds);
+    let setting = format!("{rounds} rounds of {TURNS} turns of {seconds} s; {}", servers::setting()?);
     eprintln!("{setting}");
     let place = Place::make(arguments.gateway.as_deref()).await?;
     let generator = Arc::new(Generator::new(&place.ca_pem)?);
@@ -173,7 +173,8 @@ async fn compare(arguments: &Arguments) -> Result<(), Error> {
 }
 
 fn extent(arguments: &Arguments) -> Result<Extent, Error> {
-    let (rounds, seconds, connections, memory) = if arguments.quick { (2, 0.4, 1000, 1) } else { (9, 0.75, 10_000, 7) };
+    let (rounds, seconds, connections, memory) =
+        if arguments.quick { (2, 0.15, 1000, 1) } else { (9, 0.25, 10_000, 7) };
     let rounds = arguments.rounds.unwrap_or(rounds).max(1);
     let most = process::descriptors()?.saturating_sub(SPARE);
     if most < connections {
@@ -211,16 +212,15 @@ async fn measure(
         }
         for case in extent.cases.iter().copied() {
             // Bodies of megabytes are few in a second, and too few for more turns.
-            let (seconds, turns, turns_at_half_load) = match case.size < MIB {
-                true => (extent.seconds, TURNS, TURNS_AT_HALF_LOAD),
-                false => (2.0 * extent.seconds, 1, 1),
+            let (seconds, at_half_load, turns) = match case.size < MIB {
+                true => (extent.seconds, extent.seconds, TURNS),
+                false => (6.0 * extent.seconds, 12.0 * extent.seconds, 1),
             };
-            let at_half_load = 2.0 * seconds / f64::from(turns_at_half_load);
             let mut rates = BTreeMap::<Kind, f64>::new();
             for turn in 0..turns {
                 let mut told = vec![];
                 for server in &servers {
-                    let cost = generator.saturate(server, case, seconds / f64::from(turns)).await;
+                    let cost = generator.saturate(server, case, seconds).await;
                     let cost = cost.map_err(|error| server.failed(&case, &error))?;
                     told.push(format!("{} {:.1} µs", server.kind.name(), cost.micros));
                     if Kind::COMPARED.contains(&server.kind) {
@@ -232,7 +232,7 @@ async fn measure(
                 servers.rotate_left(1);
             }
             let lowest = rates.into_values().fold(f64::INFINITY, f64::min);
-            for _ in 0..turns_at_half_load {
+            for _ in 0..turns {
                 for server in servers.iter().filter(|server| Kind::COMPARED.contains(&server.kind)) {
                     let waits = generator.half_load(server, case, lowest / 2.0, at_half_load).await;
                     let waits = waits.map_err(|error| server.failed(&case, &error))?;
