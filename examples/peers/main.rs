@@ -51,6 +51,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// all.
 const TURNS: u32 = 6;
 
+/// By how much a turn of large bodies is longer.
+const LARGE: f64 = 6.0;
+
 /// Seconds for which a server is sent requests before it is measured.
 const WARM: f64 = 0.3;
 
@@ -214,7 +217,7 @@ async fn measure(
             // Bodies of megabytes are few in a second, and too few for more turns.
             let (seconds, at_half_load, turns) = match case.size < MIB {
                 true => (extent.seconds, extent.seconds, TURNS),
-                false => (6.0 * extent.seconds, 12.0 * extent.seconds, 1),
+                false => (LARGE * extent.seconds, 2.0 * LARGE * extent.seconds, 1),
             };
             let mut rates = BTreeMap::<Kind, f64>::new();
             for turn in 0..turns {
