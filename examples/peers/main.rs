@@ -194,7 +194,7 @@ fn extent(arguments: &Arguments) -> Result<Extent, Error> {
 }
 
 /// What requests cost and how long they wait: each case by all servers, one after the other, and another first each time. In each
-/// round they are started anew: where the system puts a process's memory is worth some hundredths, for as long as it lives.
+/// round they are started anew: what one process has by chance for as long as it lives, its server's figures are not to have.
 async fn measure(
     place: &Place,
     generator: &Arc<Generator>,

@@ -125,9 +125,8 @@ pub(super) fn serve<R: Rules>(
     mut session: impl BorrowMut<Session> + Send,
     on_it: OnIt,
 ) -> impl Future<Output = Result<Response<Answer<R>>, Gone>> + Send {
-    let ctx = |rules: &R| rules.begin(session.borrow());
-    let under_way = UnderWay { ctx: ctx(&rules), rules, exchange: None, peer: None, went: 0, late: None, on_it };
-    let mut under_way = Box::new(under_way);
+    let ctx = rules.begin(session.borrow());
+    let mut under_way = Box::new(UnderWay { rules, ctx, exchange: None, peer: None, went: 0, late: None, on_it });
     // An `async fn` would keep a second place for each of what it is given.
     async move {
         let session = session.borrow_mut();
