@@ -1,16 +1,17 @@
-//! What memory a server takes, each measurement of a process that has done nothing before: for connections that are idle, and
-//! for uploads that are under way.
+//! What memory a server takes, each measurement of a process of its own: for connections that are idle; for its first upload, and
+//! for uploads that are under way after that.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::Method;
 
 use crate::Error;
 use crate::load::{Generator, Sender};
 use crate::requests::{MIB, Way};
-use crate::servers::{Kind, Place};
-use crate::support::client::Client;
+use crate::servers::{Kind, Place, Server};
+use crate::support::client::{Client, Upload};
 
 /// Uploads at once, over HTTP/2 some to a connection.
 pub const UPLOADS: usize = 64;
@@ -31,10 +32,18 @@ pub struct Memory {
     pub idle: f64,
     /// More than without, for each of them.
     pub each: f64,
-    /// More at most than before, with uploads over HTTP/1.1.
-    pub http1: f64,
-    /// And over HTTP/2.
-    pub http2: f64,
+    /// With uploads over HTTP/1.1, and over HTTP/2.
+    pub http1: Uploads,
+    pub http2: Uploads,
+}
+
+/// Octets that a server holds at most more than before.
+#[derive(Debug, Clone, Copy)]
+pub struct Uploads {
+    /// With its first upload: what of its program no request has needed yet is read in by then, which is not of bodies.
+    pub first: f64,
+    /// With [`UPLOADS`] at once after that.
+    pub at_once: f64,
 }
 
 pub async fn measure(
@@ -72,24 +81,26 @@ pub fn is_closed(kept: &Sender) -> bool {
     }
 }
 
-/// The most that a server takes more than before while uploads lack their last octet, which then is sent.
-async fn uploads(place: &Place, generator: &Arc<Generator>, kind: Kind, way: Way) -> Result<f64, Error> {
+async fn uploads(place: &Place, generator: &Arc<Generator>, kind: Kind, way: Way) -> Result<Uploads, Error> {
     let server = place.start(kind, generator).await?;
-    server.forget_peak()?;
-    let before = server.memory("VmRSS")?;
     let failed = |error: Error| server.failed(&format!("uploads over {way}"), &error);
     let client = || {
         let client = Client::tls(server.addr, &place.ca_pem).timeout(ANSWER_WITHIN);
         if way == Way::Http1 { client.http1() } else { client }
     };
-    let clients: Vec<Client> = (0..CLIENTS).map(|_| client()).collect();
     let bodies = generator.bodies(UPLOAD)?;
+
+    let mut before = forget(&server)?;
+    for body in bodies.iter().take(1) {
+        finish(begin(&client(), body).await.map_err(failed)?).await.map_err(failed)?;
+    }
+    let first = more(&server, before)?;
+
+    before = forget(&server)?;
+    let clients: Vec<Client> = (0..CLIENTS).map(|_| client()).collect();
     let (seen, mut uploads) = (place.backend.seen(), vec![]);
     for (client, body) in clients.iter().cycle().zip(bodies.iter().cycle()).take(UPLOADS) {
-        let length = Some(UPLOAD as u64);
-        let upload = client.begin(Method::POST, "/group_operation", &[], length).await.map_err(failed)?;
-        upload.write(body.slice(..UPLOAD - 1)).await.map_err(failed)?;
-        uploads.push((upload, body.slice(UPLOAD - 1..)));
+        uploads.push(begin(client, body).await.map_err(failed)?);
     }
     let (all, mut came) = ((UPLOADS * (UPLOAD - 1)) as u64, 0);
     loop {
@@ -104,14 +115,35 @@ async fn uploads(place: &Place, generator: &Arc<Generator>, kind: Kind, way: Way
     if came < all / 100 * 99 {
         return Err(failed(format!("no more than {came} of {all} octets came through").into()));
     }
-    let peak = server.memory("VmHWM")?;
-    for (upload, last) in uploads {
-        upload.write(last).await.map_err(failed)?;
-        let answer = upload.finish().await.map_err(failed)?;
-        if answer.status != 200 {
-            return Err(failed(format!("answered {}: {}", answer.status, answer.text()).into()));
-        }
+    let at_once = more(&server, before)?;
+    for upload in uploads {
+        finish(upload).await.map_err(failed)?;
     }
-    // A page, where it took nothing.
-    Ok(peak.saturating_sub(before).max(4096) as f64)
+    Ok(Uploads { first, at_once })
+}
+
+/// An upload that lacks its last octet, and this.
+async fn begin(client: &Client, body: &Bytes) -> Result<(Upload, Bytes), Error> {
+    let upload = client.begin(Method::POST, "/group_operation", &[], Some(UPLOAD as u64)).await?;
+    upload.write(body.slice(..UPLOAD - 1)).await?;
+    Ok((upload, body.slice(UPLOAD - 1..)))
+}
+
+async fn finish((upload, last): (Upload, Bytes)) -> Result<(), Error> {
+    upload.write(last).await?;
+    match upload.finish().await? {
+        answer if answer.status == 200 => Ok(()),
+        answer => Err(format!("answered {}: {}", answer.status, answer.text()).into()),
+    }
+}
+
+/// What a server holds now; the most that it has held is counted from here.
+fn forget(server: &Server) -> Result<u64, Error> {
+    server.forget_peak()?;
+    server.memory("VmRSS")
+}
+
+/// The most that it has held more than that: a page, where it took nothing.
+fn more(server: &Server, before: u64) -> Result<f64, Error> {
+    Ok(server.memory("VmHWM")?.saturating_sub(before).max(4096) as f64)
 }

@@ -142,12 +142,15 @@ fn waits(results: &Results) -> String {
 fn memory(results: &Results) -> String {
     let connections = results.memory[&Kind::Gateway].iter().map(|memory| memory.connections).min().unwrap_or_default();
     let idle = format!("{connections} idle TLS connections, in all");
-    let uploads = |way| format!("{UPLOADS} uploads of {} MiB under way, {way}, more than without", UPLOAD / MIB);
-    let whats: [(String, f64, What, bool); 4] = [
+    let first = |way| format!("the first upload of {} MiB, {way}, more than without", UPLOAD / MIB);
+    let uploads = |way| format!("{UPLOADS} of them under way after it, {way}, more than without");
+    let whats: [(String, f64, What, bool); 6] = [
         (idle, MIB as f64, |memory| memory.idle, false),
         ("each of them, more than without, KiB".to_owned(), KIB as f64, |memory| memory.each, false),
-        (uploads("HTTP/1.1"), MIB as f64, |memory| memory.http1, true),
-        (uploads("HTTP/2"), MIB as f64, |memory| memory.http2, true),
+        (first("HTTP/1.1"), MIB as f64, |memory| memory.http1.first, false),
+        (uploads("HTTP/1.1"), MIB as f64, |memory| memory.http1.at_once, true),
+        (first("HTTP/2"), MIB as f64, |memory| memory.http2.first, false),
+        (uploads("HTTP/2"), MIB as f64, |memory| memory.http2.at_once, true),
     ];
     let rows = whats.map(|(name, unit, what, has_bar)| {
         let mut row = vec![name];
