@@ -51,6 +51,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// all.
 const TURNS: u32 = 6;
 
+/// And those in which waits are measured: of some thousand requests, one that stood still for a moment is the 99th of a hundred.
+const WAITS: u32 = 2 * TURNS;
+
 /// By how much a turn of large bodies is longer.
 const LARGE: f64 = 6.0;
 
@@ -215,9 +218,9 @@ async fn measure(
         }
         for case in extent.cases.iter().copied() {
             // Bodies of megabytes are few in a second, and too few for more turns.
-            let (seconds, at_half_load, turns) = match case.size < MIB {
-                true => (extent.seconds, extent.seconds, TURNS),
-                false => (LARGE * extent.seconds, 2.0 * LARGE * extent.seconds, 1),
+            let (seconds, turns, at_half_load, waits) = match case.size < MIB {
+                true => (extent.seconds, TURNS, extent.seconds, WAITS),
+                false => (LARGE * extent.seconds, 1, 2.0 * LARGE * extent.seconds, 1),
             };
             let mut rates = BTreeMap::<Kind, f64>::new();
             for turn in 0..turns {
@@ -235,7 +238,7 @@ async fn measure(
                 servers.rotate_left(1);
             }
             let lowest = rates.into_values().fold(f64::INFINITY, f64::min);
-            for _ in 0..turns {
+            for _ in 0..waits {
                 for server in servers.iter().filter(|server| Kind::COMPARED.contains(&server.kind)) {
                     let waits = generator.half_load(server, case, lowest / 2.0, at_half_load).await;
                     let waits = waits.map_err(|error| server.failed(&case, &error))?;
