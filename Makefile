@@ -64,7 +64,7 @@ bench: setup-test ## The benchmarks (criterion): target/criterion/report/index.h
 setup-peers: setup ## What bench-peers needs: NGINX and HAProxy (by apt)
 	@export PATH=$$PATH:/usr/sbin; command -v nginx >/dev/null && command -v haproxy >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) env RUNLEVEL=1 apt-get install -yq --no-install-recommends nginx-light haproxy; }
 
-bench-peers: setup-peers ## A request beside NGINX, HAProxy and a bare Pingora, into docs/performance.md (30 min, and 12 for its build); QUICK=1 takes 3, and prints
+bench-peers: setup-peers ## A request beside NGINX, HAProxy and a bare Pingora, into docs/performance.md (45 min, and 12 for its build); QUICK=1 takes 3, and prints
 	$(CARGO) build --locked --release --bin moh-gateway --example peers
 	ulimit -n 65536 2>/dev/null || ulimit -n $$(ulimit -Hn); target/release/examples/peers $(if $(QUICK),--quick)
 

@@ -109,7 +109,7 @@ pub fn run(common: &crate::Arguments, arguments: &Arguments) -> Result<(), Error
     if !common.quick {
         report::split(&document, PLACE)?;
     }
-    let (rounds, seconds) = if common.quick { (2, 0.4) } else { (3, 1.5) };
+    let (rounds, seconds) = if common.quick { (2, 0.4) } else { (9, 0.5) };
     let rounds = common.rounds.unwrap_or(rounds).max(1);
     let bench = async || {
         let place = Place::make(common.gateway.as_deref()).await?;

@@ -71,7 +71,7 @@ struct Arguments {
     /// The gateway to start [default: the moh-gateway that was built beside this program]
     #[arg(long, value_name = "PATH", global = true)]
     gateway: Option<PathBuf>,
-    /// How often everything is measured, in turn [default: 9, of growth 3, or 2 with --quick]
+    /// How often everything is measured, in turn [default: 9, or 2 with --quick]
     #[arg(long, global = true)]
     rounds: Option<usize>,
     /// Shorter measurements, which are printed and written nowhere; of a soak, that it is written nowhere

@@ -20,6 +20,9 @@ const CLIENTS: usize = 8;
 /// Octets of each.
 pub const UPLOAD: usize = 4 * MIB;
 
+/// How long after what it had to do a server is looked at.
+const SETTLED: Duration = Duration::from_millis(500);
+
 /// How long an upload may take that is let go on.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
@@ -56,7 +59,7 @@ pub async fn measure(
     let before = server.memory("VmRSS")?;
     let idle = generator.idle(server.addr, connections).await;
     let idle = idle.map_err(|error| server.failed(&"idle connections", &error))?;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    tokio::time::sleep(SETTLED).await;
     let with = server.memory("VmRSS")?;
     let closed = idle.iter().flatten().filter(|kept| is_closed(kept)).count();
     if closed > 0 {
@@ -96,6 +99,8 @@ async fn uploads(place: &Place, generator: &Arc<Generator>, kind: Kind, way: Way
     }
     let first = more(&server, before)?;
 
+    // What it held for that, it has given back by then, if it does.
+    tokio::time::sleep(SETTLED).await;
     before = forget(&server)?;
     let clients: Vec<Client> = (0..CLIENTS).map(|_| client()).collect();
     let (seen, mut uploads) = (place.backend.seen(), vec![]);
