@@ -1,5 +1,5 @@
-//! What memory a server takes, each measurement of a process of its own: for connections that are idle; for its first upload, and
-//! for uploads that are under way after that.
+//! What memory a server takes, each measurement of a process of its own: for connections that are idle; for uploads that
+//! are under way; and for a first upload, and those under way after that, which says what of it is the program.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,10 +43,12 @@ pub struct Memory {
 /// Octets that a server holds at most more than before.
 #[derive(Debug, Clone, Copy)]
 pub struct Uploads {
-    /// With its first upload: what of its program no request has needed yet is read in by then, which is not of bodies.
+    /// With [`UPLOADS`] at once, of a process that has had none: the bar is of this.
+    pub at_once: f64,
+    /// With a first upload: what of its program no request has needed yet is read in by then, which is not of bodies.
     pub first: f64,
     /// With [`UPLOADS`] at once after that.
-    pub at_once: f64,
+    pub after_first: f64,
 }
 
 pub async fn measure(
@@ -86,26 +88,28 @@ pub fn is_closed(kept: &Sender) -> bool {
 
 async fn uploads(place: &Place, generator: &Arc<Generator>, kind: Kind, way: Way) -> Result<Uploads, Error> {
     let server = place.start(kind, generator).await?;
-    let failed = |error: Error| server.failed(&format!("uploads over {way}"), &error);
-    let client = || {
-        let client = Client::tls(server.addr, &place.ca_pem).timeout(ANSWER_WITHIN);
-        if way == Way::Http1 { client.http1() } else { client }
-    };
-    let bodies = generator.bodies(UPLOAD)?;
+    let at_once = many(place, &server, generator, way).await.map_err(|error| failed(&server, way, error))?;
+    drop(server);
 
-    let mut before = forget(&server)?;
-    for body in bodies.iter().take(1) {
-        finish(begin(&client(), body).await.map_err(failed)?).await.map_err(failed)?;
-    }
+    let server = place.start(kind, generator).await?;
+    let before = forget(&server)?;
+    let one = async { finish(begin(&client(place, &server, way), &generator.bodies(UPLOAD)?[0]).await?).await };
+    one.await.map_err(|error| failed(&server, way, error))?;
     let first = more(&server, before)?;
-
     // What it held for that, it has given back by then, if it does.
     tokio::time::sleep(SETTLED).await;
-    before = forget(&server)?;
-    let clients: Vec<Client> = (0..CLIENTS).map(|_| client()).collect();
+    let after_first = many(place, &server, generator, way).await.map_err(|error| failed(&server, way, error))?;
+    Ok(Uploads { at_once, first, after_first })
+}
+
+/// The most that a server takes more than before while uploads lack their last octet, which then is sent.
+async fn many(place: &Place, server: &Server, generator: &Arc<Generator>, way: Way) -> Result<f64, Error> {
+    let before = forget(server)?;
+    let clients: Vec<Client> = (0..CLIENTS).map(|_| client(place, server, way)).collect();
+    let bodies = generator.bodies(UPLOAD)?;
     let (seen, mut uploads) = (place.backend.seen(), vec![]);
     for (client, body) in clients.iter().cycle().zip(bodies.iter().cycle()).take(UPLOADS) {
-        uploads.push(begin(client, body).await.map_err(failed)?);
+        uploads.push(begin(client, body).await?);
     }
     let (all, mut came) = ((UPLOADS * (UPLOAD - 1)) as u64, 0);
     loop {
@@ -118,13 +122,22 @@ async fn uploads(place: &Place, generator: &Arc<Generator>, kind: Kind, way: Way
         came = now;
     }
     if came < all / 100 * 99 {
-        return Err(failed(format!("no more than {came} of {all} octets came through").into()));
+        return Err(format!("no more than {came} of {all} octets came through").into());
     }
-    let at_once = more(&server, before)?;
+    let most = more(server, before)?;
     for upload in uploads {
-        finish(upload).await.map_err(failed)?;
+        finish(upload).await?;
     }
-    Ok(Uploads { first, at_once })
+    Ok(most)
+}
+
+fn client(place: &Place, server: &Server, way: Way) -> Client {
+    let client = Client::tls(server.addr, &place.ca_pem).timeout(ANSWER_WITHIN);
+    if way == Way::Http1 { client.http1() } else { client }
+}
+
+fn failed(server: &Server, way: Way, error: Error) -> Error {
+    server.failed(&format!("uploads over {way}"), &error)
 }
 
 /// An upload that lacks its last octet, and this.

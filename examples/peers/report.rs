@@ -142,15 +142,18 @@ fn waits(results: &Results) -> String {
 fn memory(results: &Results) -> String {
     let connections = results.memory[&Kind::Gateway].iter().map(|memory| memory.connections).min().unwrap_or_default();
     let idle = format!("{connections} idle TLS connections, in all");
-    let first = |way| format!("the first upload of {} MiB, {way}, more than without", UPLOAD / MIB);
-    let uploads = |way| format!("{UPLOADS} of them under way after it, {way}, more than without");
-    let whats: [(String, f64, What, bool); 6] = [
+    let uploads = |way| format!("{UPLOADS} uploads of {} MiB under way, {way}, more than without", UPLOAD / MIB);
+    let first = |way| format!("one such upload, the first, {way}, more than without");
+    let after = |way| format!("{UPLOADS} of them under way after a first, {way}, more than without");
+    let whats: [(String, f64, What, bool); 8] = [
         (idle, MIB as f64, |memory| memory.idle, false),
         ("each of them, more than without, KiB".to_owned(), KIB as f64, |memory| memory.each, false),
-        (first("HTTP/1.1"), MIB as f64, |memory| memory.http1.first, false),
         (uploads("HTTP/1.1"), MIB as f64, |memory| memory.http1.at_once, true),
-        (first("HTTP/2"), MIB as f64, |memory| memory.http2.first, false),
         (uploads("HTTP/2"), MIB as f64, |memory| memory.http2.at_once, true),
+        (first("HTTP/1.1"), MIB as f64, |memory| memory.http1.first, false),
+        (first("HTTP/2"), MIB as f64, |memory| memory.http2.first, false),
+        (after("HTTP/1.1"), MIB as f64, |memory| memory.http1.after_first, false),
+        (after("HTTP/2"), MIB as f64, |memory| memory.http2.after_first, false),
     ];
     let rows = whats.map(|(name, unit, what, has_bar)| {
         let mut row = vec![name];
