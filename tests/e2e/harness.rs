@@ -5,8 +5,8 @@ use crate::support::ds::Ds;
 use crate::support::encode::{self, SenderId};
 use crate::support::mls;
 use crate::support::pki::{Ca, Identity};
-use crate::support::program::own_ip;
-use std::net::{SocketAddr, TcpListener};
+use crate::support::program::free_address;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -93,10 +93,6 @@ fn spawn(config: &Path) -> Child {
     command.args(["run", "--config"]).arg(config).stdout(Stdio::null()).stderr(stderr).spawn().unwrap()
 }
 
-fn free_port() -> SocketAddr {
-    TcpListener::bind((own_ip(), 0)).unwrap().local_addr().unwrap()
-}
-
 impl Gateway {
     pub async fn start(setup: Setup) -> Gateway {
         let dir = tempfile::tempdir().unwrap();
@@ -105,7 +101,7 @@ impl Gateway {
 
     /// Starts in a folder that holds files which `setup.more` names.
     pub async fn start_in(dir: tempfile::TempDir, setup: Setup) -> Gateway {
-        let (addr, admin) = (free_port(), free_port());
+        let (addr, admin) = (free_address(), free_address());
         let config = config(dir.path(), addr, admin, &setup);
         let child = spawn(&config);
         let mut gateway = Gateway { addr, admin, dir, setup, child };
@@ -148,9 +144,9 @@ impl Gateway {
     pub fn restart_elsewhere(&self) -> Child {
         let own = self.dir.path().join("gateway.toml");
         let text = std::fs::read_to_string(&own).unwrap();
-        let text = text.replace(&self.addr.to_string(), &free_port().to_string());
+        let text = text.replace(&self.addr.to_string(), &free_address().to_string());
         let other = self.dir.path().join("second.toml");
-        std::fs::write(&other, text.replace(&self.admin.to_string(), &free_port().to_string())).unwrap();
+        std::fs::write(&other, text.replace(&self.admin.to_string(), &free_address().to_string())).unwrap();
         let mut command = Command::new(binary());
         command.args(["run", "--config"]).arg(other).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
     }

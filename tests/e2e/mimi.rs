@@ -13,9 +13,10 @@ use crate::support::mimi::{
     KeyMaterialRequest, MLS10, QueryElement, REQUEST, REVOKE, RatchetTreeOption, RequiredCapabilities,
     SubmitMessageRequest,
 };
+use crate::support::program::free_address;
 use crate::support::tokens::{Issuer, authorization, challenges};
 use crate::tokens::outcome;
-use crate::upgrade::{free_address, until};
+use crate::upgrade::until;
 use bytes::Bytes;
 use http::{Method, Version};
 use serde_json::Value;

@@ -4,11 +4,11 @@
 use crate::harness::{Setup, binary, ca, config, message_in, send_message};
 use crate::support::client::{Client, Error, Response, raw_tls};
 use crate::support::ds::Ds;
-use crate::support::program::own_ip;
+use crate::support::program::free_address;
 use bytes::Bytes;
 use http::{Method, StatusCode};
 use std::collections::HashMap;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -24,11 +24,6 @@ use tokio_rustls::client::TlsStream;
 /// How long anything may take that is bound to happen. A process that has handed its listening sockets on takes
 /// connections for five seconds more.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// An address of ours that nobody listens at.
-pub fn free_address() -> SocketAddr {
-    TcpListener::bind((own_ip(), 0)).unwrap().local_addr().unwrap()
-}
 
 /// Waits until something holds.
 pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {

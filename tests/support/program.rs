@@ -3,10 +3,11 @@
 
 use super::client::{Client, Error};
 use http::Method;
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 
@@ -20,6 +21,18 @@ pub fn own_ip() -> Ipv4Addr {
         let pid = std::process::id();
         Ipv4Addr::new(127, 10 + (pid >> 14) as u8 % 100, (pid >> 7) as u8 & 0x7f, 1 + (pid as u8 & 0x7f))
     })
+}
+
+/// An address of this process that nobody listens at, and that nobody was told before: the system gives a port out again once it is
+/// free, and whoever was told of it may not have come to listen.
+pub fn free_address() -> SocketAddr {
+    static TOLD: Mutex<BTreeSet<SocketAddr>> = Mutex::new(BTreeSet::new());
+    loop {
+        let address = TcpListener::bind((own_ip(), 0)).unwrap().local_addr().unwrap();
+        if TOLD.lock().unwrap().insert(address) {
+            return address;
+        }
+    }
 }
 
 /// Addresses on the loopback that nobody listens at.
