@@ -143,11 +143,12 @@ async fn forward<R: Rules>(
     session: &mut Session,
     mut under_way: Box<UnderWay<R>>,
 ) -> Result<Response<Answer<R>>, Gone> {
-    let head = match under_way.rules.head(session, &mut under_way.ctx) {
-        Ok(head) => head,
+    let mut head = match under_way.rules.head(session, &mut under_way.ctx) {
+        Ok(head) => Some(head),
         Err(refusal) => return Ok(refuse(session, under_way, &refusal)),
     };
     for _ in 0..MOST_TRIES {
+        let Some(sent) = &head else { break };
         let UnderWay { rules, ctx, .. } = &mut *under_way;
         let (peer, now) = match rules.peer(ctx).await {
             Ok(peer) => peer,
@@ -165,12 +166,19 @@ async fn forward<R: Rules>(
         rules.connected(kept, ctx);
         let upload = session.upload(ctx.idle(), link.may_leave_untouched());
         // What is read of it from now on is on its way.
-        let exchange = under_way.exchange.insert(link.begin(kept, &head, upload, peer.times, now));
+        let exchange = under_way.exchange.insert(link.begin(kept, sent, upload, peer.times, now));
         under_way.late = under_way.ctx.until().map(|until| Box::pin(tokio::time::sleep_until(until.into())));
         let late = &mut under_way.late;
-        let answered = std::future::poll_fn(|cx| match exchange.poll_head(cx) {
-            Poll::Pending if is_late(late, cx) => Poll::Ready(Err(Error::ReadTimedOut)),
-            answered => answered,
+        let answered = std::future::poll_fn(|cx| {
+            let answered = exchange.poll_head(cx);
+            // Nobody asks what it said any more: an upload takes its time, and there may be many.
+            if exchange.source().is_past_return() && head.take().is_some() {
+                session.forget();
+            }
+            match answered {
+                Poll::Pending if is_late(late, cx) => Poll::Ready(Err(Error::ReadTimedOut)),
+                answered => answered,
+            }
         });
         let answered = answered.await;
         let body_was_in = exchange.source().is_done();

@@ -15,7 +15,7 @@ use crate::http1::{Answer, Chunks, End, Framing, Request, Share, Taken, skip_emp
 use crate::problem::Refusal;
 use crate::tls::{READ, RECORD, Read, Sink, TlsStream};
 use bytes::{Bytes, BytesMut};
-use http::{Method, Version, header};
+use http::{Method, Response, Version, header};
 use hyper::body::{Body as _, Frame};
 use parking_lot::Mutex;
 use pingora_core::protocols::Stream;
@@ -391,15 +391,11 @@ pub(super) async fn serve<R: Rules>(rules: Arc<R>, connection: Arc<Connection>, 
             }
         };
         clock.stop();
-        let on_it = connection.begin();
-        let Request { parts, framing, keeps, takes_trailers, .. } = request;
-        let (method, version) = (parts.method.clone(), parts.version);
-        let rest = if framing == Some(Framing::Length(0)) { Rest::None } else { Rest::Http1(Body(wire.clone())) };
-        let session = Session::new(parts, rest, connection.clone());
+        let said = Said::of(&request);
         // It has its place in the connection: to make one for each costs more than to have it.
         let answered = {
             let wire = &wire;
-            let mut serving = pin!(exchange::serve(rules.clone(), session, on_it));
+            let mut serving = pin!(serve_one(rules.clone(), request, &connection, wire));
             poll_fn(move |cx| match serving.as_mut().poll(cx) {
                 Poll::Pending => wire.lock().poll_gone(cx).map(|()| None),
                 Poll::Ready(answered) => Poll::Ready(answered.ok()),
@@ -410,14 +406,9 @@ pub(super) async fn serve<R: Rules>(rules: Arc<R>, connection: Arc<Connection>, 
         let Some(answered) = answered else { break };
         // Others may read more at once while this is written.
         wire.lock().ample = None;
-        let (head, body) = answered.into_parts();
-        let says_close = head.headers.get(header::CONNECTION).is_some_and(|value| value == "close");
-        let closes = !keeps || says_close || connection.closes();
-        let answer = Answer::new(&head, body.length(), (&method, version), closes);
-        drop(head);
         timeouts = of(&rules);
-        let (closes, limit) = (answer.closes, timeouts.body_total);
-        let mut writing = Writing { wire: &wire, answer, body, takes_trailers, clock: &mut clock, limit };
+        let mut writing = Writing::of(answered, &said, &connection, &wire, &mut clock, timeouts.body_total);
+        let closes = writing.answer.closes;
         let Ok(has_come) = poll_fn(|cx| writing.poll(cx)).await else { return };
         drop(writing);
         if closes || !has_come {
@@ -427,6 +418,34 @@ pub(super) async fn serve<R: Rules>(rules: Arc<R>, connection: Arc<Connection>, 
     }
     let Some(wire) = Arc::into_inner(wire) else { return };
     end(wire.into_inner().stream, &connection).await;
+}
+
+/// What of a request's head says how it is answered. (What a function like [`serve`] holds it has a place for, though it is handed on.)
+struct Said {
+    method: Method,
+    version: Version,
+    keeps: bool,
+    takes_trailers: bool,
+}
+
+impl Said {
+    fn of(request: &Request) -> Self {
+        let Request { parts, keeps, takes_trailers, .. } = request;
+        Self { method: parts.method.clone(), version: parts.version, keeps: *keeps, takes_trailers: *takes_trailers }
+    }
+}
+
+/// Serves a request.
+fn serve_one<R: Rules>(
+    rules: Arc<R>,
+    request: Request,
+    connection: &Arc<Connection>,
+    wire: &Arc<Mutex<Wire>>,
+) -> impl Future<Output = Result<Response<AnswerBody<R>>, exchange::Gone>> + Send + use<R> {
+    let on_it = connection.begin();
+    let Request { parts, framing, .. } = request;
+    let rest = if framing == Some(Framing::Length(0)) { Rest::None } else { Rest::Http1(Body(wire.clone())) };
+    exchange::serve(rules, Session::new(parts, rest, connection.clone()), on_it)
 }
 
 /// There is nobody to answer, or no answer to its end.
@@ -452,7 +471,22 @@ struct Writing<'a, R: Rules> {
     limit: Duration,
 }
 
-impl<R: Rules> Writing<'_, R> {
+impl<'a, R: Rules> Writing<'a, R> {
+    fn of(
+        answered: Response<AnswerBody<R>>,
+        said: &Said,
+        connection: &Connection,
+        wire: &'a Mutex<Wire>,
+        clock: &'a mut Clock,
+        limit: Duration,
+    ) -> Self {
+        let (head, body) = answered.into_parts();
+        let says_close = head.headers.get(header::CONNECTION).is_some_and(|value| value == "close");
+        let closes = !said.keeps || says_close || connection.closes();
+        let answer = Answer::new(&head, body.length(), (&said.method, said.version), closes);
+        Self { wire, answer, body, takes_trailers: said.takes_trailers, clock, limit }
+    }
+
     /// Whether all of the request has come, once all of its answer has gone.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Gone>> {
         let mut pieces = PIECES_AT_ONCE;

@@ -135,27 +135,44 @@ pub(super) async fn serve<R: Rules, T: Transport>(
 }
 
 /// Answers a request on its stream.
-async fn answer<R: Rules>(rules: Arc<R>, session: Box<Session>, on_it: OnIt, mut respond: SendResponse<Bytes>) {
-    let answered = {
-        let mut serving = pin!(exchange::serve(rules, session, on_it));
-        poll_fn(|cx| match serving.as_mut().poll(cx) {
-            Poll::Ready(answered) => Poll::Ready(answered.ok()),
-            // Its client may not want it any more.
-            Poll::Pending => respond.poll_reset(cx).map(|_| None),
-        })
-        .await
-    };
+#[expect(clippy::manual_async_fn, reason = "which would keep a second place for what it is given, and there are many")]
+fn answer<R: Rules>(
+    rules: Arc<R>,
+    session: Box<Session>,
+    on_it: OnIt,
+    mut respond: SendResponse<Bytes>,
+) -> impl Future<Output = ()> + Send {
+    async move {
+        let answered = {
+            let mut serving = pin!(exchange::serve(rules, session, on_it));
+            poll_fn(|cx| match serving.as_mut().poll(cx) {
+                Poll::Ready(answered) => Poll::Ready(answered.ok()),
+                // Its client may not want it any more.
+                Poll::Pending => respond.poll_reset(cx).map(|_| None),
+            })
+            .await
+        };
+        if let Some((body, stream)) = begin_answer(answered, respond) {
+            send(body, stream).await;
+        }
+    }
+}
+
+/// Sends the head of an answer: what follows it, if anything does.
+fn begin_answer<R: Rules>(
+    answered: Option<Response<Answer<R>>>,
+    mut respond: SendResponse<Bytes>,
+) -> Option<(Answer<R>, SendStream<Bytes>)> {
     let Some(answered) = answered else {
-        return respond.send_reset(Reason::INTERNAL_ERROR);
+        respond.send_reset(Reason::INTERNAL_ERROR);
+        return None;
     };
     let (mut head, body) = answered.into_parts();
     finish(&mut head, body.length().filter(|_| !body.is_end_stream()));
     let is_over = body.is_end_stream();
     // Whoever is not there any more is not answered.
-    let Ok(stream) = respond.send_response(Response::from_parts(head, ()), is_over) else { return };
-    if !is_over {
-        send(body, stream).await;
-    }
+    let stream = respond.send_response(Response::from_parts(head, ()), is_over).ok()?;
+    if is_over { None } else { Some((body, stream)) }
 }
 
 /// Fields of a connection are not HTTP/2's (RFC 9113 §8.2.2); and an answer says when it was sent, and how long it is where that

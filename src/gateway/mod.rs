@@ -34,7 +34,7 @@ pub use start::{StartError, run};
 pub use upgrade::From;
 
 use crate::admission::{Admission, Decision as Verdict, Subject, Tally, identify};
-use crate::dialect::{self, By, Envelope, Facts, Named};
+use crate::dialect::{self, By, Envelope, Facts, Member, Named, Operation};
 use crate::download::{Refused, Target};
 use crate::forward::{Clients, ConnectError, Error, Head, Peer};
 use crate::limiter::fleet;
@@ -55,6 +55,9 @@ use http::request::Parts;
 use http::{HeaderValue, Response, header, response};
 use live::Live;
 use session::Session;
+use std::borrow::Cow;
+use std::net::IpAddr;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -110,6 +113,40 @@ enum AtOnce {
     /// They say so, and a token is required or helps; or a fleet's store has to be asked.
     Waits(Option<Box<(Verdict, Tally)>>),
 }
+
+/// A [`Subject`], with what it is said of.
+struct Known<'a> {
+    provider: Option<String>,
+    pattern: Option<&'a str>,
+    operation: &'static Operation,
+    group: Option<Cow<'a, [u8]>>,
+    member: Option<Member<'a>>,
+    target: Option<Cow<'a, [u8]>>,
+    cost: u32,
+    octets: u32,
+    ip: IpAddr,
+    at: Instant,
+}
+
+impl Known<'_> {
+    fn subject(&self) -> Subject<'_> {
+        Subject {
+            ip: self.ip,
+            provider: self.provider.as_deref(),
+            pattern: self.pattern,
+            operation: self.operation,
+            group: self.group.as_deref(),
+            member: self.member,
+            target: self.target.as_deref(),
+            cost: self.cost,
+            octets: self.octets,
+            at: self.at,
+        }
+    }
+}
+
+/// What a request waits for that is not decided at once.
+type Waits<'a> = Pin<Box<dyn Future<Output = Result<(), Refusal>> + Send + 'a>>;
 
 fn limits_at_once(live: &Live, ctx: &mut RequestContext, subject: &Subject<'_>) -> Result<AtOnce, Refusal> {
     let admission = &live.admission;
@@ -172,10 +209,8 @@ impl Gateway {
                 name.is_ok_and(|name| live.peers.admit(&name, connection.identity.as_ref()).is_ok())
             };
             let names = connection.identity.as_ref().map(|identity| &identity.dns_names[..]).unwrap_or_default();
-            let provider = names.first().filter(admitted).cloned();
-            let subject = Subject {
-                ip: connection.client.ip(),
-                provider: provider.as_deref(),
+            let known = Known {
+                provider: names.first().filter(admitted).cloned(),
                 pattern: None,
                 operation,
                 group: None,
@@ -183,11 +218,12 @@ impl Gateway {
                 target: None,
                 cost: 1,
                 octets: 0,
+                ip: connection.client.ip(),
                 at: ctx.now(),
             };
-            let admitted = self.limits_and_token(session, ctx, &live, &subject).await;
-            ctx.provider = provider;
-            admitted?;
+            if let Some(waits) = self.limits_and_token(session, ctx, &live, known)? {
+                waits.await?;
+            }
             return self.answer_it(session, ctx, of).map(Some);
         }
 
@@ -213,9 +249,10 @@ impl Gateway {
         let declared = peek::content_length(&session.head);
         ctx.owes = declared.is_none() && !session.body_is_in();
         ctx.charged = declared.unwrap_or(octets.len() as u64);
-        let head = peek::head(&session.head, &parameter);
-        let envelope = endpoint.read(&head, octets).map_err(Refusal::Malformed)?;
-        self.identify_and_admit(session, ctx, (&live, &connection), &envelope).await?;
+        let envelope = endpoint.read(&peek::head(&session.head, &parameter), octets).map_err(Refusal::Malformed)?;
+        if let Some(waits) = self.identify_and_admit(session, ctx, (&live, &connection), &envelope)? {
+            waits.await?;
+        }
         Ok(None)
     }
 
@@ -234,62 +271,70 @@ impl Gateway {
         let envelope = endpoint.read(&peek::head(&session.head, parameter), &[]).map_err(Refusal::Malformed)?;
         let listed = live.downloads.as_ref().ok_or(Refusal::Download(Refused::HostNotListed));
         let target = listed.and_then(|of| Target::read(parameter, &of.settings).map_err(Refusal::Download));
-        self.identify_and_admit(session, ctx, (live, connection), &envelope).await?;
+        if let Some(waits) = self.identify_and_admit(session, ctx, (live, connection), &envelope)? {
+            waits.await?;
+        }
         let (target, downloads) = (target?, live.downloads.clone().ok_or(Refusal::Internal)?);
         let download = Download::new(target, downloads).await.map_err(Refusal::Download)?;
         ctx.download = Some(Box::new(download));
         Ok(())
     }
 
-    async fn identify_and_admit(
-        &self,
-        session: &Session,
-        ctx: &mut RequestContext,
-        (live, connection): (&Live, &Connection),
-        envelope: &Envelope<'_>,
-    ) -> Result<(), Refusal> {
+    /// Who it is from, and what the limits say: see [`Gateway::limits_and_token`].
+    fn identify_and_admit<'a>(
+        &'a self,
+        session: &'a Session,
+        ctx: &'a mut RequestContext,
+        (live, connection): (&Live, &'a Connection),
+        envelope: &Envelope<'a>,
+    ) -> Result<Option<Waits<'a>>, Refusal> {
         let shared = &self.0;
         ctx.operation = Some(envelope.operation.name);
         let group = envelope.group().map(|group| group.octets());
-        let target = envelope.target.as_ref().map(Named::octets);
         if let Some(group) = &group {
             ctx.group_hash = Some(forward::group_hash(group));
             // For the log alone.
             ctx.group_pseudonym = shared.access_log.is_on().then(|| live.admission.pseudonym(group));
         }
         let dialect = ctx.dialect.ok_or(Refusal::Internal)?;
-        let provider = identify(envelope, dialect, connection.identity.as_ref(), &live.provider, &live.peers)?;
-        let subject = Subject {
-            ip: connection.client.ip(),
-            provider: provider.as_deref(),
-            pattern: connection.identity.as_ref().and_then(|identity| identity.pattern_of(&envelope.sender)),
+        let identity = connection.identity.as_ref();
+        let known = Known {
+            provider: identify(envelope, dialect, identity, &live.provider, &live.peers)?,
+            pattern: identity.and_then(|identity| identity.pattern_of(&envelope.sender)),
             operation: envelope.operation,
-            group: group.as_deref(),
+            group,
             member: envelope.member,
-            target: target.as_deref(),
+            target: envelope.target.as_ref().map(Named::octets),
             cost: envelope.cost,
             octets: u32::try_from(ctx.charged).unwrap_or(u32::MAX),
+            ip: connection.client.ip(),
             at: ctx.now(),
         };
-        let admitted = self.limits_and_token(session, ctx, live, &subject).await;
-        ctx.provider = provider;
-        admitted
+        self.limits_and_token(session, ctx, live, known)
     }
 
     /// Limits before tokens: a token is dear to check. It is taken in hand before the limits are charged, and spent only
     /// once the request is on its way to the Delivery Service. Most requests need neither a token nor a store: they are decided
     /// at once, and have no room for what others wait for.
-    async fn limits_and_token(
-        &self,
-        session: &Session,
-        ctx: &mut RequestContext,
+    fn limits_and_token<'a>(
+        &'a self,
+        session: &'a Session,
+        ctx: &'a mut RequestContext,
         live: &Live,
-        subject: &Subject<'_>,
-    ) -> Result<(), Refusal> {
-        match limits_at_once(live, ctx, subject)? {
-            AtOnce::Passed => Ok(()),
-            AtOnce::Waits(decided) => Box::pin(self.limits_and_token_waiting(session, ctx, subject, decided)).await,
-        }
+        known: Known<'a>,
+    ) -> Result<Option<Waits<'a>>, Refusal> {
+        let decided = match limits_at_once(live, ctx, &known.subject()) {
+            Ok(AtOnce::Waits(decided)) => decided,
+            at_once => {
+                ctx.provider = known.provider;
+                return at_once.map(|_| None);
+            }
+        };
+        Ok(Some(Box::pin(async move {
+            let admitted = self.limits_and_token_waiting(session, ctx, &known.subject(), decided).await;
+            ctx.provider = known.provider;
+            admitted
+        })))
     }
 
     async fn limits_and_token_waiting(

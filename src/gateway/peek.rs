@@ -218,7 +218,8 @@ async fn fill(
             Poll::Pending => {
                 let began = Instant::now();
                 let patience = timeouts.body_idle.min(deadline.saturating_duration_since(began));
-                let read = tokio::time::timeout(patience, poll_fn(|cx| session.poll_body(cx))).await;
+                // In a place of its own, which most requests have no need of.
+                let read = Box::pin(tokio::time::timeout(patience, poll_fn(|cx| session.poll_body(cx)))).await;
                 *waited += began.elapsed();
                 read.map_err(|_| Refusal::TooSlow)?
             }

@@ -165,6 +165,11 @@ impl Session {
         Upload { again, held, rest, length, body, idle, clock: Clock::default(), came, taken: false }
     }
 
+    /// Lets go of its fields, and of what it asked for: all of it may be in one place.
+    pub(super) fn forget(&mut self) {
+        (self.head.uri, self.head.headers) = Default::default();
+    }
+
     /// Takes a body back, to be sent from its beginning again; false: some of it is not held any more.
     pub(super) fn take_back(&mut self, upload: Upload) -> bool {
         self.came = upload.came;
@@ -303,6 +308,11 @@ impl Upload {
     /// Octets of it that have come.
     pub(super) fn came(&self) -> u64 {
         self.came
+    }
+
+    /// It cannot be sent from its beginning any more.
+    pub(super) fn is_past_return(&self) -> bool {
+        self.taken
     }
 }
 

@@ -41,6 +41,17 @@ fn place_for(octets: usize) -> usize {
     if octets > FEW_SIZES { octets } else { octets.next_power_of_two() }
 }
 
+/// What so many octets of records say at most: each has something around it.
+fn said_at_most(records: usize) -> usize {
+    records / FULL_RECORD * RECORD + (records % FULL_RECORD).saturating_sub(AROUND)
+}
+
+/// The size of the place for what they say. What is more than a record has one of few sizes: it differs from time to time, and the
+/// allocator would have places of each.
+fn room_for(said: usize) -> usize {
+    if (RECORD..=4 * RECORD).contains(&said) { said.next_power_of_two() } else { said }
+}
+
 /// Where what is to be encrypted begins in a place of ours: not a little below where rustls copies it to, behind a record's head.
 const TO_WRITE: usize = 16;
 const RECORD_HEAD: usize = 5;
@@ -255,8 +266,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
             match state {
                 Ok(ConnectionState::ReadTraffic(mut traffic)) => {
                     if into.is_none() {
-                        // No more comes out than went in, and less by what each record has around it.
-                        self.plain.reserve(left.saturating_sub(AROUND));
+                        let most = said_at_most(left);
+                        // From the first of them on there is room for all.
+                        self.plain.reserve(if self.plain.is_empty() { room_for(most) } else { most });
                     }
                     while let Some(record) = traffic.next_record() {
                         let record = record.map_err(bad)?;
@@ -865,6 +877,34 @@ mod tests {
                 assert_eq!((piece.len(), server.incoming.len()), (16 * 1024, 0));
             }
         }
+    }
+
+    #[test]
+    fn from_the_first_record_on_there_is_room_for_all_in_a_place_of_few_sizes() {
+        let sizes = [1, 9, 124 - AROUND, 1_000, 8_192, RECORD - 1, RECORD];
+        let mut rooms = std::collections::BTreeSet::new();
+        for (first, second, most) in
+            sizes.iter().flat_map(|a| sizes.map(|b| [2, 3, usize::MAX].map(|c| (*a, b, c)))).flatten()
+        {
+            // What has come of another is none of them.
+            for begun in [0, 1, 5, 21, 124] {
+                let pair = first + second + 2 * AROUND;
+                let pairs = ((READ - begun) / pair).min(most);
+                let mut left = pairs * pair + begun;
+                let room = room_for(said_at_most(left));
+                rooms.insert(room);
+                let mut came = 0;
+                for says in (0..pairs).flat_map(|_| [first, second]) {
+                    assert!(came + said_at_most(left) <= room, "{first}, {second}, {begun}: {came} of {room}");
+                    (left, came) = (left - says - AROUND, came + says);
+                }
+                assert!(came <= room && left == begun, "{first}, {second}, {begun}");
+            }
+        }
+        let large = rooms.range(RECORD..).copied().collect::<Vec<_>>();
+        assert_eq!(large[..2], [2 * RECORD, 4 * RECORD]);
+        assert!(large[2..].iter().all(|room| *room > 4 * RECORD), "{large:?}");
+        assert_eq!((room_for(1_046), room_for(RECORD), room_for(RECORD + 1)), (1_046, RECORD, 2 * RECORD));
     }
 
     #[test]
