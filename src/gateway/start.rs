@@ -175,7 +175,7 @@ fn say_ready(shared: &Shared, admin: SocketAddr) {
             || std::net::TcpStream::connect_timeout(&at, Duration::from_secs(1)).is_err()
     };
     while opens() && Instant::now() < until {
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(1));
     }
     let status = NotifyState::Status("generation 1 of the configuration");
     let _ = sd_notify::notify(&[NotifyState::MainPid(std::process::id()), NotifyState::Ready, status]);
