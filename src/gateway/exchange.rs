@@ -172,7 +172,7 @@ async fn forward<R: Rules>(
         let answered = std::future::poll_fn(|cx| {
             let answered = exchange.poll_head(cx);
             // Nobody asks what it said any more: an upload takes its time, and there may be many.
-            if exchange.source().is_past_return() && head.take().is_some() {
+            if !exchange.source().can_be_sent_again() && head.take().is_some() {
                 session.forget();
             }
             match answered {

@@ -310,9 +310,9 @@ impl Upload {
         self.came
     }
 
-    /// It cannot be sent from its beginning any more.
-    pub(super) fn is_past_return(&self) -> bool {
-        self.taken
+    /// It can be sent from its beginning.
+    pub(super) fn can_be_sent_again(&self) -> bool {
+        !self.taken
     }
 }
 
