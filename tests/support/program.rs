@@ -23,28 +23,30 @@ pub fn own_ip() -> Ipv4Addr {
     })
 }
 
-/// An address of this process that nobody listens at, and that nobody was told before: the system gives a port out again once it is
-/// free, and whoever was told of it may not have come to listen.
+/// An address of this process that nobody listens at.
 pub fn free_address() -> SocketAddr {
-    static TOLD: Mutex<BTreeSet<SocketAddr>> = Mutex::new(BTreeSet::new());
-    loop {
-        let address = TcpListener::bind((own_ip(), 0)).unwrap().local_addr().unwrap();
-        if TOLD.lock().unwrap().insert(address) {
-            return address;
-        }
-    }
+    untold(own_ip()).unwrap()
 }
 
 /// Addresses on the loopback that nobody listens at.
 pub fn free_addresses<const N: usize>() -> Result<[SocketAddr; N], Error> {
-    let mut listeners = Vec::new();
-    let mut addresses = [SocketAddr::from(([127, 0, 0, 1], 0)); N];
+    let mut addresses = [SocketAddr::from((Ipv4Addr::LOCALHOST, 0)); N];
     for address in &mut addresses {
-        let listener = TcpListener::bind(*address)?;
-        *address = listener.local_addr()?;
-        listeners.push(listener);
+        *address = untold(Ipv4Addr::LOCALHOST)?;
     }
     Ok(addresses)
+}
+
+/// One that nobody was told before: the system gives a port out again once it is free, and whoever was told of it may not have
+/// come to listen.
+fn untold(ip: Ipv4Addr) -> std::io::Result<SocketAddr> {
+    static TOLD: Mutex<BTreeSet<SocketAddr>> = Mutex::new(BTreeSet::new());
+    loop {
+        let address = TcpListener::bind((ip, 0))?.local_addr()?;
+        if TOLD.lock().unwrap().insert(address) {
+            return Ok(address);
+        }
+    }
 }
 
 /// The gateway that is given, or `target/<profile>/moh-gateway`, where this program is `target/<profile>/examples/...`.
